@@ -1,0 +1,205 @@
+"""Registration: one call makes an operator and its backward known to dispatcher, autograd, compiler and export.
+
+An operator is a pair `memcore::<name>_fwd` and `memcore::<name>_bwd`. The reference is the kernel of both on every
+device (the backward by differentiating it); the native library replaces it where it has kernels. The derivative of the
+backward goes through the reference, so every operator can be differentiated to any order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+
+__all__ = ["accumulate", "library", "register"]
+
+library = torch.library.Library("memcore", "DEF")
+
+
+def accumulate(t: Tensor) -> Tensor:
+    """`t` in the dtype sums are taken in: float32, or wider if it is wider."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+@dataclass(frozen=True)
+class _Argument:
+    type: str
+    name: str
+
+    @property
+    def tensor(self) -> bool:
+        return self.type.startswith("Tensor")
+
+
+def _parse(schema: str) -> list[_Argument]:
+    return [_Argument(*part.split()) for part in schema.split(", ")]
+
+
+def _tuple(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def _track(t: Tensor | None, wanted: bool) -> Tensor | None:
+    """A view that can be differentiated: part of the outer graph when there is one, a fresh leaf otherwise."""
+    if t is None or not wanted:
+        return t
+    if torch.is_grad_enabled() and t.requires_grad:
+        return t.view_as(t)
+    return t.detach().requires_grad_()
+
+
+def _autograd_on() -> torch._C._ForceDispatchKeyGuard:
+    """Lets plain PyTorch record a graph inside a kernel, which the dispatcher calls with autograd switched off."""
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        off = off.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off)
+
+
+def _fresh(t: Tensor) -> Tensor:
+    """A contiguous copy that aliases nothing, as registered kernels must return."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t)
+
+
+def register(
+    name: str,
+    inputs: str,
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    fake: Callable[..., Tensor | tuple[Tensor, ...]],
+    *,
+    outputs: int = 1,
+    differentiable: Sequence[str] = (),
+    saves: Sequence[int] = (),
+) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """Define `memcore::<name>_fwd` and, if anything is differentiable, `memcore::<name>_bwd`.
+
+    Args:
+        name: the operator's public name.
+        inputs: its schema, tensors first ("Tensor memory, Tensor? mask, int heads").
+        reference: plain PyTorch on exactly these arguments.
+        fake: shape function on exactly these arguments.
+        outputs: how many tensors the forward returns.
+        differentiable: input names that get a gradient. The backward's schema is (gradients of the outputs, each may
+            be None, then the inputs, then the saved outputs) -> one gradient for each of these, empty for a None input.
+        saves: indices of the outputs that the backward wants.
+
+    Returns:
+        The forward's overload, bound once.
+    """
+    args = _parse(inputs)
+    diff = [i for i, a in enumerate(args) if a.name in differentiable]
+    returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
+    library.define(f"{name}_fwd({inputs}) -> {returns}")
+
+    def forward(*xs):
+        with torch.no_grad():
+            out = tuple(_fresh(y) for y in _tuple(reference(*xs)))
+        return out[0] if outputs == 1 else out
+
+    library.impl(f"{name}_fwd", forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"memcore::{name}_fwd", fake, lib=library)
+    _backend.provides(name)
+    fwd = getattr(torch.ops.memcore, f"{name}_fwd").default
+    if not diff:
+        return fwd
+
+    grads = ", ".join(f"Tensor? grad_{i}" for i in range(outputs))
+    kept = "".join(f", Tensor out_{i}" for i in saves)
+    one = len(diff) == 1
+    library.define(f"{name}_bwd({grads}, {inputs}{kept}) -> " + ("Tensor" if one else "(" + ", ".join(["Tensor"] * len(diff)) + ")"))
+
+    def vjp(gs, xs, create_graph):
+        """Gradients of the tracked inputs xs[diff] from output gradients gs, through the reference."""
+        ys = _tuple(reference(*xs))
+        used = [(y, g) for y, g in zip(ys, gs) if g is not None and y.requires_grad]
+        wrt = [xs[i] for i in diff if xs[i] is not None]
+        if not used:
+            return [torch.zeros_like(x) for x in wrt]
+        return torch.autograd.grad(
+            [y for y, _ in used], wrt, [g for _, g in used], create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+
+    def spread(found, xs):
+        """One entry for each differentiable input: its gradient, or an empty tensor where the input is None."""
+        found = iter(found)
+        some = next(x for x in xs if x is not None)
+        return [some.new_empty(0) if xs[i] is None else next(found) for i in diff]
+
+    def backward(*flat):
+        gs, xs = flat[:outputs], list(flat[outputs : outputs + len(args)])
+        tracked = list(xs)
+        with _autograd_on(), torch.enable_grad():
+            for i in diff:
+                tracked[i] = None if xs[i] is None else xs[i].detach().requires_grad_()
+            out = spread(vjp(gs, tracked, False), xs)
+        out = tuple(_fresh(y.detach()) for y in out)
+        return out[0] if one else out
+
+    def fake_backward(*flat):
+        xs = flat[outputs : outputs + len(args)]
+        some = next(x for x in xs if x is not None)
+        out = tuple(some.new_empty(0) if xs[i] is None else some.new_empty(xs[i].shape) for i in diff)
+        return out[0] if one else out
+
+    library.impl(f"{name}_bwd", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"memcore::{name}_bwd", fake_backward, lib=library)
+    bwd = getattr(torch.ops.memcore, f"{name}_bwd").default
+
+    tensors = [i for i, a in enumerate(args) if a.tensor]
+    n_tensors = len(tensors)
+    if tensors != list(range(n_tensors)):
+        raise ValueError(f"{name}: tensor arguments come first")
+    n_rest = len(args) - n_tensors
+    tail_grads = (None,) * n_rest
+
+    def setup(ctx, inputs, output):
+        ys = (output,) if outputs == 1 else output
+        ctx.save_for_backward(*inputs[:n_tensors], *[ys[i] for i in saves])
+        ctx.rest = inputs[n_tensors:]
+        ctx.set_materialize_grads(False)
+
+    def call_backward(ctx, *gs):
+        saved = ctx.saved_tensors
+        found = bwd(*gs, *saved[:n_tensors], *ctx.rest, *saved[n_tensors:])
+        grads = [None] * n_tensors
+        for i, g in zip(diff, (found,) if one else found):
+            if saved[i] is not None:
+                grads[i] = g
+        return (*grads, *tail_grads)
+
+    torch.library.register_autograd(f"memcore::{name}_fwd", call_backward, setup_context=setup, lib=library)
+
+    def setup_bwd(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[: outputs + n_tensors])
+        ctx.rest = inputs[outputs + n_tensors : outputs + len(args)]
+        ctx.set_materialize_grads(False)
+
+    def backward_of_backward(ctx, *ggs):
+        outer = torch.is_grad_enabled()
+        saved = ctx.saved_tensors
+        gs = [_track(g, True) for g in saved[:outputs]]
+        xs = [_track(x, i in diff) for i, x in enumerate(saved[outputs:])]
+        with torch.enable_grad():
+            found = spread(vjp(gs, [*xs, *ctx.rest], True), xs)
+            used = [(f, g) for f, g, i in zip(found, ggs, diff) if g is not None and xs[i] is not None and f.requires_grad]
+            wrt = [t for t in gs if t is not None] + [xs[i] for i in diff if xs[i] is not None]
+            if used:
+                second = iter(
+                    torch.autograd.grad(
+                        [f for f, _ in used], wrt, [g for _, g in used],
+                        create_graph=outer, allow_unused=True, materialize_grads=True,
+                    )
+                )
+            else:
+                second = iter([torch.zeros_like(t) for t in wrt])
+        result = [None if g is None else next(second) for g in gs]
+        dx = [None] * n_tensors
+        for i in diff:
+            if xs[i] is not None:
+                dx[i] = next(second)
+        return (*result, *dx, *tail_grads, *([None] * len(saves)))
+
+    torch.library.register_autograd(f"memcore::{name}_bwd", backward_of_backward, setup_context=setup_bwd, lib=library)
+    return fwd
