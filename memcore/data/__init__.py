@@ -1,0 +1,10 @@
+"""Real data sets: found, checked and read with numpy alone (Pillow for picture files).
+
+Each loader looks in its argument `root`, else in `$MEMCORE_DATA`, else in the cache (`$XDG_CACHE_HOME/memcore`, by
+default `~/.cache/memcore`), which `get` and `python -m memcore.data get NAME` fill.
+"""
+
+from ._files import DataDamaged, DataNotFound, cache_dir
+from ._omniglot import Omniglot, omniglot
+
+__all__ = ["DataDamaged", "DataNotFound", "Omniglot", "cache_dir", "omniglot"]
