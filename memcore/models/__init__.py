@@ -1,0 +1,7 @@
+"""Memory networks with the conventions of `torch.nn.LSTM`; one system a file."""
+
+from .lstm import LSTMBaseline, LSTMState
+from .mann import MANN, MANNCell, MANNState
+from .ntm import NTM, NTMCell, NTMState
+
+__all__ = ["LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NTM", "NTMCell", "NTMState"]
