@@ -5,6 +5,23 @@ default `~/.cache/memcore`), which `get` and `python -m memcore.data get NAME` f
 """
 
 from ._files import DataDamaged, DataNotFound, cache_dir
+from ._get import get, locate, main
+from ._lists import Vectors, vectors, words
+from ._mnist import Mnist, mnist
 from ._omniglot import Omniglot, omniglot
 
-__all__ = ["DataDamaged", "DataNotFound", "Omniglot", "cache_dir", "omniglot"]
+__all__ = [
+    "DataDamaged",
+    "DataNotFound",
+    "Mnist",
+    "Omniglot",
+    "Vectors",
+    "cache_dir",
+    "get",
+    "locate",
+    "main",
+    "mnist",
+    "omniglot",
+    "vectors",
+    "words",
+]

@@ -16,7 +16,7 @@ import numpy as np
 from .._extras import require
 from ._files import DataDamaged, damaged, find, missing, written
 
-__all__ = ["Omniglot", "locate", "omniglot", "pack", "read_bits"]
+__all__ = ["Omniglot", "check", "locate", "omniglot", "pack", "read_bits"]
 
 CHARACTERS, DRAWINGS, SIDE = 1623, 20, 105
 BACKGROUND = 964  # Lake's background characters come first
@@ -190,6 +190,11 @@ def _files(half: Path) -> Iterable[tuple[str, bytes]]:
             for name in z.namelist():
                 if name.endswith(".png"):
                     yield name, z.read(name)
+
+
+def check(source: Path) -> None:
+    """Raise DataDamaged unless `source` holds Omniglot."""
+    _read(source)
 
 
 def pack(source: Path, target: Path) -> None:

@@ -79,7 +79,7 @@ class Task:
         """Mean over the batch of the cost of one sequence, in `unit`."""
         raise NotImplementedError
 
-    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float | list[float]]:
         """Figures of merit of `output` on `batch`, by name."""
         raise NotImplementedError
 

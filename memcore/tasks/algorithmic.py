@@ -220,7 +220,7 @@ class DynamicNGrams(BitTask):
         whole("tasks.dynamic-ngrams", "length", length, self.context + 1)
         self.length = length
         self.input_size = self.output_size = 1
-        self.optimum = 132.98 if length == 200 else None
+        self.optimum = 133.2 if length == 200 else None  # mean of 300,000 sequences, standard error 0.07
         self.guess = float(length)
         self.defaults = _settings((1, 100, 1), (1, 100), 128, 3e-5, 1e-4)
         self.test_settings = {str(length): {}}

@@ -41,8 +41,8 @@ class OmniglotEpisodes(Task):
         size: side of an image in pixels.
         split, seed, root: of `memcore.data.omniglot`.
 
-    `sample` takes `part`: "train" or "test". Accuracies are by instance: `accuracy_k` over the steps that show a class
-    for the k-th time. Without a leak the first cannot exceed `first_instance_ceiling` (45.7 % for five one-hot classes).
+    `sample` takes `part`: "train" or "test". The accuracy is by instance: entry k - 1 over the steps that show a class for
+    the k-th time. Without a leak the first cannot exceed `first_instance_ceiling` (45.7 % for five one-hot classes).
 
     Raises:
         memcore.data.DataNotFound, memcore.data.DataDamaged: without the drawings.
@@ -180,8 +180,8 @@ class OmniglotEpisodes(Task):
         return F.cross_entropy(groups, batch.target.reshape(-1), reduction="sum") / output.shape[1]
 
     @torch.no_grad()
-    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
-        """`nats` per episode, `accuracy`, and `accuracy_1` ... `accuracy_<shots>` by instance (NaN if none was shown)."""
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float | list[float]]:
+        """`nats` per episode; `accuracy` by instance, 1st to last shot (NaN where a cut episode shows none); `accuracy_all`."""
         nats = self.loss(output, batch).item()
         if self.labels == "onehot":
             right = output.argmax(-1) == batch.target
@@ -191,7 +191,5 @@ class OmniglotEpisodes(Task):
             same = (batch.target.unsqueeze(1) == batch.target.unsqueeze(0)).all(-1)
         now_and_before = torch.ones(len(right), len(right), dtype=torch.bool, device=right.device).tril().unsqueeze(-1)
         instance = (same & now_and_before).sum(1)  # [T, B], from 1
-        figures = {"nats": nats, "accuracy": right.float().mean().item()}
-        for k in range(1, self.shots + 1):
-            figures[f"accuracy_{k}"] = right[instance == k].float().mean().item()
-        return figures
+        by_instance = [right[instance == k].float().mean().item() for k in range(1, self.shots + 1)]
+        return {"nats": nats, "accuracy": by_instance, "accuracy_all": right.float().mean().item()}
