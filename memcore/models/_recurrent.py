@@ -20,7 +20,7 @@ def map_state(fn: Callable[..., Tensor], *states: Any) -> Any:
 
 def one_of(owner: str, name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
-        listed = " or ".join(repr(a) for a in allowed)
+        listed = ", ".join(repr(a) for a in allowed[:-1]) + f" or {allowed[-1]!r}"
         raise ValueError(f"memcore.{owner}: {name!r} must be {listed}, got {value!r}")
 
 
@@ -75,11 +75,13 @@ def check_lengths(owner: str, lengths: Any, steps: int, batch_size: int, batched
 class MemoryCell(nn.Module):
     """One time step of a memory network: `features, state = cell(input, state)`.
 
-    A subclass sets `input_size`, `controller`, `interface` and `kind` (the class of its state), and defines
-    `initial_state(batch_size)`, `sizes(batch_size)` and `advance(x, state) -> (h, state, extra)`.
+    A subclass sets `input_size`, `feedback_size` (of all reads, flattened), `controller`, `interface` and `kind` (the
+    class of its state), and defines `initial_state(batch_size)`, `sizes(batch_size)`, `advance(x, state) -> (h, state,
+    extra)` and `watch(state, extra)`, which names what a trace shows.
     """
 
     input_size: int
+    feedback_size: int
     controller: nn.Module
     interface: nn.Linear
     kind: type
@@ -90,11 +92,15 @@ class MemoryCell(nn.Module):
         return self.controller.output_size + self.feedback_size
 
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """One step: input [B,X] or [X] -> (features [B, controller_size + read_heads * W], state)."""
-        check_input(self.name, input, self.interface.weight, self.input_size, ("B, X", "X"))
+        """One step: input [B,X] or [X] -> (features [B, output_size], state)."""
+        return self.step(type(self).__name__, input, state)
+
+    def step(self, owner: str, input: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """`forward`, with the name that errors shall carry."""
+        check_input(owner, input, self.interface.weight, self.input_size, ("B, X", "X"))
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
-        h, state, _ = self.advance(self.controller.hoist(x), self.enter(self.name, state, len(x), batched))
+        h, state, _ = self.advance(self.controller.hoist(x), self.enter(owner, state, len(x), batched))
         features = torch.cat((h, state.reads.flatten(1)), 1)
         return (features, state) if batched else (features[0], map_state(lambda t: t[0], state))
 
@@ -104,11 +110,6 @@ class MemoryCell(nn.Module):
             return self.initial_state(batch_size)
         check_state(owner, state, self.kind, self.sizes(batch_size), batched)
         return state if batched else map_state(lambda t: t.unsqueeze(0), state)
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
 
 class MemoryNetwork(nn.Module):
     """A `MemoryCell` run over time, with a linear layer on its features."""
@@ -169,7 +170,7 @@ class MemoryNetwork(nn.Module):
 
     def step(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One time step, for streaming: input [B,X] or [X] -> (logits [B,O] or [O], state)."""
-        features, state = self.cell(input, state)
+        features, state = self.cell.step(self._name, input, state)
         return self.output(features), state
 
     @torch.no_grad()
@@ -179,7 +180,7 @@ class MemoryNetwork(nn.Module):
         Returns:
             Tensors over time, time first whatever `batch_first` ([T,...] without the batch for an unbatched input):
             "output" [T,B,O], "memory" [T,B,N,W], "reads" [T,B,R,W], "read_weights" [T,B,R,N], "write_weights"
-            [T,B,Hw,N], "add" [T,B,Hw,W] and, for the NTM, "erase" [T,B,Hw,W].
+            [T,B,Hw,N], "add" [T,B,Hw,W]; of the NTM also "erase" [T,B,Hw,W], of the MANN "usage" [T,B,N].
         """
         x, state, batched = self._enter(input, state)
         hidden, rows = [], []

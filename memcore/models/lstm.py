@@ -87,16 +87,17 @@ class LSTMBaseline(nn.Module):
 
         found = check_lengths("LSTMBaseline", lengths, steps, batch_size, batched)
         lengths = torch.tensor(found)
-        # Packing has no empty items: they run one step, and what it did is undone.
+        alive = torch.arange(steps).unsqueeze(1) < lengths
+        alive = (alive.t() if self.batch_first else alive).unsqueeze(2).to(input.device)
+        # Packing takes no empty items: they run one step on zeros, and what it did is undone.
+        input = torch.where(alive, input, 0)
         packed = pack_padded_sequence(input, lengths.clamp(min=1), self.batch_first, enforce_sorted=False)
         hidden, after = self.lstm(packed, state)
         hidden, _ = pad_packed_sequence(hidden, self.batch_first, total_length=steps)
         if 0 in found:
             some = (lengths > 0).to(input.device).unsqueeze(1)
             after = (torch.where(some, new, old) for new, old in zip(after, state))
-        alive = torch.arange(steps).unsqueeze(1) < lengths
-        alive = (alive.t() if self.batch_first else alive).to(input.device)
-        return torch.where(alive.unsqueeze(2), self.output(hidden), 0), LSTMState(*after)
+        return torch.where(alive, self.output(hidden), 0), LSTMState(*after)
 
     def step(self, input: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
         """One time step, for streaming: input [B,X] or [X] -> (logits [B,O] or [O], state)."""
