@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -27,13 +28,13 @@ _requested = _valid(os.environ.get("MEMCORE_BACKEND", "auto"), "MEMCORE_BACKEND"
 def _load_native() -> tuple[ModuleType | None, str]:
     """The native library, or why it is missing."""
     try:
-        from . import _C
+        library = import_module("memcore._C")
     except ImportError as e:
         return None, (
             f"memcore's native library is not built or does not load ({e}); build it with: "
             "pip install --no-build-isolation . (in a checkout: python setup.py build_ext --inplace)"
         )
-    return _C, ""
+    return library, ""
 
 
 native, native_missing = _load_native()

@@ -1,0 +1,308 @@
+// The row kernels everything is made of. A block is `rows` memory rows of W numbers, `ld` apart, in the accumulation
+// type C, small enough to stay in the first cache; keys, erase and add vectors are padded to whole vectors with zeros.
+//
+//   dots        out[h][n] = sum over w of k[h][w] m[n][w]           (and the squared norms of the rows)
+//   gather      r[h][w]  += sum over n of c[h][n] m[n][w]
+//   scatter     out[n][w] = base[n][w] + sum over h of c[h][n] a[h][w]
+//   erase_add   out[n][w] = m[n][w] prod over h of (1 - c[h][n] e[h][w]) + sum over h of c[h][n] a[h][w]
+//   erase_add_backward
+#pragma once
+
+#include "vec.h"
+
+namespace memcore {
+namespace MC_ISA {
+
+constexpr int64_t kBlockBytes = 4096;
+// Rows of a block: a multiple of 4.
+template <class C> MC_INLINE int64_t block_rows(int64_t W) {
+  const int64_t n = kBlockBytes / (int64_t)sizeof(C) / (W > 0 ? W : 1) / 4 * 4;
+  return n < 4 ? 4 : n > 128 ? 128 : n;
+}
+
+// Rows as the accumulation type: where storage is that already, the rows themselves.
+template <class T> MC_INLINE const Acc<T>* widened(const T* rows, int64_t count, Acc<T>* scratch) {
+  if constexpr (__is_same(T, Acc<T>)) {
+    return rows;
+  } else {
+    widen(scratch, rows, count);
+    return scratch;
+  }
+}
+
+// ---- dots ----
+
+// R rows by HB keys in registers. Every row is summed in the same order whatever its position.
+template <int R, int HB, bool NORM, class C>
+MC_INLINE void dots_tile(const C* const* m, int64_t W, const C* k, int64_t ldk, C* const* out, int64_t at, int64_t valid, C* norm2) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[HB > 0 ? HB : 1][R], nrm[R];
+  for (int r = 0; r < R; r++) {
+    nrm[r] = Vec<C>{};
+    for (int h = 0; h < HB; h++) acc[h][r] = Vec<C>{};
+  }
+  int64_t w = 0;
+  for (; w + L <= W; w += L) {
+    Vec<C> row[R];
+    for (int r = 0; r < R; r++) row[r] = load(m[r] + w);
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> key = load(k + h * ldk + w);
+      for (int r = 0; r < R; r++) acc[h][r] += key * row[r];
+    }
+    if (NORM)
+      for (int r = 0; r < R; r++) nrm[r] += row[r] * row[r];
+  }
+  if (w < W) {
+    Vec<C> row[R];
+    for (int r = 0; r < R; r++) row[r] = load_part(m[r] + w, (int)(W - w));
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> key = load(k + h * ldk + w);
+      for (int r = 0; r < R; r++) acc[h][r] += key * row[r];
+    }
+    if (NORM)
+      for (int r = 0; r < R; r++) nrm[r] += row[r] * row[r];
+  }
+  C x[4];
+  for (int h = 0; h < HB + (NORM ? 1 : 0); h++) {
+    const Vec<C>* v = NORM && h == HB ? nrm : acc[h < HB ? h : 0];
+    C* to = NORM && h == HB ? norm2 : out[h];
+    if (R == 4) {
+      sum4(v[0], v[1], v[2], v[R == 4 ? 3 : 0], x);
+    } else {
+      sum4(v[0], v[R > 1 ? 1 : 0], v[0], v[0], x);
+    }
+    if (valid == R) std::memcpy(to + at, x, R * sizeof(C));
+    else
+      for (int64_t r = 0; r < valid; r++) to[at + r] = x[r];
+  }
+}
+
+template <int R, int HB, bool NORM, class C>
+MC_INLINE void dots_rows(const C* m, int64_t ld, int64_t rows, int64_t W, const C* k, int64_t ldk, C* out, int64_t ldo, C* norm2) {
+  C* to[HB > 0 ? HB : 1];
+  for (int h = 0; h < HB; h++) to[h] = out + h * ldo;
+  for (int64_t n = 0; n < rows; n += R) {
+    const int64_t valid = rows - n < R ? rows - n : R;
+    const C* p[R];
+    for (int r = 0; r < R; r++) p[r] = m + (n + (r < valid ? r : valid - 1)) * ld;
+    dots_tile<R, HB, NORM>(p, W, k, ldk, to, n, valid, norm2);
+  }
+}
+
+// out[h][n] for all heads; norm2[n] too unless it is null.
+template <class C>
+inline void dots(const C* m, int64_t ld, int64_t rows, int64_t W, const C* k, int64_t ldk, int64_t H, C* out, int64_t ldo, C* norm2) {
+  int64_t h = 0;
+  if (norm2) {
+    if (H == 0) return dots_rows<4, 0, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    if (H == 1) return dots_rows<4, 1, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    dots_rows<4, 2, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    h = 2;
+  }
+  for (; h + 3 <= H; h += 3) dots_rows<4, 3, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+  if (H - h == 2) dots_rows<4, 2, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+  else if (H - h == 1) dots_rows<4, 1, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+}
+
+// ---- gather ----
+
+template <int HB, int NC, class C>
+MC_INLINE void gather_tile(const C* m, int64_t ld, int64_t rows, int last, const C* const* c, C* const* r) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[HB][NC];
+  for (int h = 0; h < HB; h++)
+    for (int j = 0; j < NC; j++) acc[h][j] = Vec<C>{};
+  if (last == L) {
+    for (int64_t n = 0; n < rows; n++) {
+      Vec<C> row[NC];
+      for (int j = 0; j < NC; j++) row[j] = load(m + n * ld + j * L);
+      for (int h = 0; h < HB; h++) {
+        const Vec<C> x = splat(c[h][n]);
+        for (int j = 0; j < NC; j++) acc[h][j] += x * row[j];
+      }
+    }
+  } else {
+    for (int64_t n = 0; n < rows; n++) {
+      Vec<C> row[NC];
+      for (int j = 0; j + 1 < NC; j++) row[j] = load(m + n * ld + j * L);
+      row[NC - 1] = load_part(m + n * ld + (NC - 1) * L, last);
+      for (int h = 0; h < HB; h++) {
+        const Vec<C> x = splat(c[h][n]);
+        for (int j = 0; j < NC; j++) acc[h][j] += x * row[j];
+      }
+    }
+  }
+  for (int h = 0; h < HB; h++)
+    for (int j = 0; j < NC; j++) store(r[h] + j * L, load(r[h] + j * L) + acc[h][j]);
+}
+
+template <int HB, class C>
+MC_INLINE void gather_heads(const C* m, int64_t ld, int64_t rows, int64_t W, const C* c, int64_t ldc, C* r, int64_t ldr) {
+  constexpr int L = Lanes<C>::n;
+  const C* cp[HB];
+  for (int h = 0; h < HB; h++) cp[h] = c + h * ldc;
+  for (int64_t w = 0; w < W;) {
+    const int64_t left = W - w;
+    C* rp[HB];
+    for (int h = 0; h < HB; h++) rp[h] = r + h * ldr + w;
+    constexpr int NC = HB == 1 ? 4 : 2;
+    if (NC == 4 && left > 3 * L) {
+      gather_tile<HB, NC == 4 ? 4 : 1>(m + w, ld, rows, left >= 4 * L ? L : (int)(left - 3 * L), cp, rp);
+      w += 4 * L;
+    } else if (NC == 4 && left > 2 * L) {
+      gather_tile<HB, NC == 4 ? 3 : 1>(m + w, ld, rows, left >= 3 * L ? L : (int)(left - 2 * L), cp, rp);
+      w += 3 * L;
+    } else if (left > L) {
+      gather_tile<HB, 2>(m + w, ld, rows, left >= 2 * L ? L : (int)(left - L), cp, rp);
+      w += 2 * L;
+    } else {
+      gather_tile<HB, 1>(m + w, ld, rows, left >= L ? L : (int)left, cp, rp);
+      w += L;
+    }
+  }
+}
+
+template <class C>
+inline void gather(const C* m, int64_t ld, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, C* r, int64_t ldr) {
+  int64_t h = 0;
+  for (; h + 4 <= H; h += 4) gather_heads<4>(m, ld, rows, W, c + h * ldc, ldc, r + h * ldr, ldr);
+  if (H - h == 3) gather_heads<3>(m, ld, rows, W, c + h * ldc, ldc, r + h * ldr, ldr);
+  else if (H - h == 2) gather_heads<2>(m, ld, rows, W, c + h * ldc, ldc, r + h * ldr, ldr);
+  else if (H - h == 1) gather_heads<1>(m, ld, rows, W, c + h * ldc, ldc, r + h * ldr, ldr);
+}
+
+// ---- scatter and erase_add ----
+
+// Vectors of one chunk of columns for HB heads stay in registers while the rows go by.
+template <int HB, bool ERASE, class C>
+MC_INLINE void scatter_heads(
+    C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t w = 0; w < W; w += L) {
+    const int part = W - w < L ? (int)(W - w) : L;
+    Vec<C> av[HB], ev[HB];
+    for (int h = 0; h < HB; h++) {
+      av[h] = load(a + h * lda + w);
+      if (ERASE) ev[h] = load(e + h * lda + w);
+    }
+    for (int64_t n = 0; n < rows; n++) {
+      Vec<C> v = !base ? Vec<C>{} : part == L ? load(base + n * ldb + w) : load_part(base + n * ldb + w, part);
+      Vec<C> x[HB];
+      for (int h = 0; h < HB; h++) x[h] = splat(c[h * ldc + n]);
+      if (ERASE)
+        for (int h = 0; h < HB; h++) v *= 1 - x[h] * ev[h];
+      for (int h = 0; h < HB; h++) v += x[h] * av[h];
+      if (part == L) store(out + n * ldo + w, v);
+      else store_part(out + n * ldo + w, v, part);
+    }
+  }
+}
+
+// base may be null (zero) and may be out itself.
+template <class C>
+inline void scatter(C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda) {
+  if (H == 0 && out != base) {
+    for (int64_t n = 0; n < rows; n++)
+      if (base) std::memcpy(out + n * ldo, base + n * ldb, (size_t)W * sizeof(C));
+      else std::memset(out + n * ldo, 0, (size_t)W * sizeof(C));
+  }
+  for (int64_t h = 0; h < H;) {
+    const int64_t left = H - h;
+    const C* ch = c + h * ldc;
+    const C* ah = a + h * lda;
+    if (left >= 4) scatter_heads<4, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 4;
+    else if (left == 3) scatter_heads<3, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 3;
+    else if (left == 2) scatter_heads<2, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 2;
+    else scatter_heads<1, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 1;
+    base = out, ldb = ldo;
+  }
+}
+
+template <class C>
+inline void erase_add(
+    C* out, int64_t ldo, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda) {
+  if (H == 1) return scatter_heads<1, true>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
+  if (H == 2) return scatter_heads<2, true>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
+  // All erasures, then all additions.
+  constexpr int L = Lanes<C>::n;
+  for (int64_t n = 0; H > 0 && n < rows; n++)
+    for (int64_t w = 0; w < W; w += L) {
+      const int part = W - w < L ? (int)(W - w) : L;
+      Vec<C> v = load_n(m + n * ldm + w, part);
+      for (int64_t h = 0; h < H; h++) v *= 1 - splat(c[h * ldc + n]) * load(e + h * lda + w);
+      store_n(out + n * ldo + w, v, part);
+    }
+  if (H > 0) m = out, ldm = ldo;
+  scatter(out, ldo, m, ldm, rows, W, c, ldc, H, a, lda);
+}
+
+// Backward of erase_add on a block. With f_h = 1 - c_h e_h, P = prod f_h, q_h = g m prod over h' != h of f_h':
+//   dm = g P        dc[h][n] += sum over w of (a_h g - e_h q_h)        de[h] -= sum over n of c_h q_h        da[h] += sum over n of c_h g
+// dm may be g itself.
+template <class C>
+MC_INLINE void erase_add_backward_one(
+    C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, const C* e, const C* a, C* dc, C* de, C* da) {
+  constexpr int L = Lanes<C>::n, R = 4;
+  for (int64_t n = 0; n < rows; n += R) {
+    const int64_t valid = rows - n < R ? rows - n : R;
+    Vec<C> s[R], x[R];
+    for (int r = 0; r < R; r++) s[r] = Vec<C>{}, x[r] = splat(r < valid ? c[n + r] : (C)0);
+    for (int64_t w = 0; w < W; w += L) {
+      const int part = W - w < L ? (int)(W - w) : L;
+      const Vec<C> ev = load(e + w), av = load(a + w);
+      Vec<C> dev = load(de + w), dav = load(da + w);
+      for (int r = 0; r < R; r++) {
+        if (r >= valid) break;
+        const Vec<C> gv = part == L ? load(g + (n + r) * ldg + w) : load_part(g + (n + r) * ldg + w, part);
+        const Vec<C> mv = part == L ? load(m + (n + r) * ldm + w) : load_part(m + (n + r) * ldm + w, part);
+        const Vec<C> q = gv * mv;
+        s[r] += av * gv - ev * q;
+        dev -= x[r] * q;
+        dav += x[r] * gv;
+        const Vec<C> d = gv - gv * (x[r] * ev);
+        if (part == L) store(dm + (n + r) * lddm + w, d);
+        else store_part(dm + (n + r) * lddm + w, d, part);
+      }
+      store(de + w, dev);
+      store(da + w, dav);
+    }
+    C t[4];
+    sum4(s[0], s[1], s[2], s[3], t);
+    for (int64_t r = 0; r < valid; r++) dc[n + r] += t[r];
+  }
+}
+
+// `scratch` holds (2 H + 1) vectors.
+template <class C>
+inline void erase_add_backward(
+    C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H,
+    const C* e, const C* a, int64_t lda, C* dc, int64_t lddc, C* de, C* da, C* scratch) {
+  if (H == 1) return erase_add_backward_one(dm, lddm, g, ldg, m, ldm, rows, W, c, e, a, dc, de, da);
+  constexpr int L = Lanes<C>::n;
+  C *before = scratch, *s = scratch + (H + 1) * L;  // products of the factors before head h; row sums
+  for (int64_t n = 0; n < rows; n++) {
+    for (int64_t h = 0; h < H; h++) store(s + h * L, Vec<C>{});
+    for (int64_t w = 0; w < W; w += L) {
+      const int part = W - w < L ? (int)(W - w) : L;
+      const Vec<C> gv = load_n(g + n * ldg + w, part), q = gv * load_n(m + n * ldm + w, part);
+      Vec<C> p = splat((C)1);
+      for (int64_t h = 0; h < H; h++) {
+        store(before + h * L, p);
+        p *= 1 - splat(c[h * ldc + n]) * load(e + h * lda + w);
+      }
+      store_n(dm + n * lddm + w, gv * p, part);
+      Vec<C> after = splat((C)1);
+      for (int64_t h = H - 1; h >= 0; h--) {
+        const Vec<C> x = splat(c[h * ldc + n]), ev = load(e + h * lda + w), qh = q * load(before + h * L) * after;
+        store(s + h * L, load(s + h * L) + load(a + h * lda + w) * gv - ev * qh);
+        store(de + h * lda + w, load(de + h * lda + w) - x * qh);
+        store(da + h * lda + w, load(da + h * lda + w) + x * gv);
+        after *= 1 - x * ev;
+      }
+    }
+    for (int64_t h = 0; h < H; h++) dc[h * lddc + n] += sum<C>(load(s + h * L));
+  }
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore

@@ -1,0 +1,306 @@
+// Vectors of the instruction set a kernel file is compiled for (MC_ISA): loads and stores of every storage type,
+// exponential, logarithm, reductions. No torch header; everything is inline in the instruction set's own namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define MC_INLINE inline __attribute__((always_inline))
+
+namespace memcore {
+namespace MC_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class C> struct Lanes;
+template <> struct Lanes<float> {
+  static constexpr int n = kBytes / 4;
+  typedef float V __attribute__((vector_size(kBytes)));
+  typedef int32_t I __attribute__((vector_size(kBytes)));
+};
+template <> struct Lanes<double> {
+  static constexpr int n = kBytes / 8;
+  typedef double V __attribute__((vector_size(kBytes)));
+  typedef int64_t I __attribute__((vector_size(kBytes)));
+};
+template <class C> using Vec = typename Lanes<C>::V;
+template <class C> using IVec = typename Lanes<C>::I;
+
+// The dtype sums are taken in: float, or double for double.
+template <class T> struct AccOf { typedef float type; };
+template <> struct AccOf<double> { typedef double type; };
+template <class T> using Acc = typename AccOf<T>::type;
+
+template <class C> MC_INLINE Vec<C> splat(C x) { return Vec<C>{} + x; }
+template <class C> constexpr C infinity() { return (C)__builtin_inf(); }
+
+MC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Rows of scratch arrays are padded so that every access is a whole vector.
+template <class C> MC_INLINE int64_t padded(int64_t n) { return round_up(n, Lanes<C>::n); }
+
+template <class C> MC_INLINE Vec<C> load(const C* p) {
+  Vec<C> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class C> MC_INLINE void store(C* p, Vec<C> v) { std::memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512F__)
+MC_INLINE Vec<float> load_part(const float* p, int n) { return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+MC_INLINE Vec<double> load_part(const double* p, int n) { return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p); }
+MC_INLINE void store_part(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+MC_INLINE void store_part(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v); }
+#else
+#if defined(__AVX2__)
+MC_INLINE Vec<float> load_part(const float* p, int n) {
+  static const int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+  return (Vec<float>)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i*)(mask + 8 - n)));
+}
+MC_INLINE Vec<double> load_part(const double* p, int n) {
+  static const int64_t mask[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+  return (Vec<double>)_mm256_maskload_pd(p, _mm256_loadu_si256((const __m256i*)(mask + 4 - n)));
+}
+#else
+template <class C> MC_INLINE Vec<C> load_part(const C* p, int n) {
+  Vec<C> v{};
+  for (int i = 0; i < n; i++) v[i] = p[i];
+  return v;
+}
+#endif
+// Piecewise: masked stores are microcoded on some CPUs.
+template <class C> MC_INLINE void store_part(C* p, Vec<C> v, int n) {
+  C x[Lanes<C>::n];
+  std::memcpy(x, &v, sizeof v);
+  int i = 0;
+  if (sizeof(C) == 4 && (n & 4)) { std::memcpy(p, x, 16); i = 4; }
+  if (n & 2) { std::memcpy(p + i, x + i, 2 * sizeof(C)); i += 2; }
+  if (n & 1) p[i] = x[i];
+}
+#endif
+
+template <class C> MC_INLINE Vec<C> load_n(const C* p, int n) { return n >= Lanes<C>::n ? load(p) : load_part(p, n); }
+template <class C> MC_INLINE void store_n(C* p, Vec<C> v, int n) {
+  if (n >= Lanes<C>::n) store(p, v);
+  else store_part(p, v, n);
+}
+
+// ---- storage types ----
+
+MC_INLINE float to_float(bf16 x) {
+  const uint32_t u = (uint32_t)x.bits << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+MC_INLINE float to_float(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
+  uint32_t u;
+  float f;
+  if (rest >= 0x0f800000) {  // infinity, NaN
+    u = rest | 0x7f800000;
+    std::memcpy(&f, &u, 4);
+  } else {  // the power of two shifts the exponent's bias and makes subnormals normal
+    std::memcpy(&f, &rest, 4);
+    f *= 5.192296858534828e33f;  // 2^112
+  }
+  std::memcpy(&u, &f, 4);
+  u |= sign;
+  std::memcpy(&f, &u, 4);
+  return f;
+#endif
+}
+MC_INLINE bf16 to_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if (f != f) return bf16{0x7fc0};
+  return bf16{(uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+MC_INLINE f16 to_f16(float f) {
+#if defined(__F16C__)
+  return f16{(uint16_t)_cvtss_sh(f, 0)};
+#else
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return f16{(uint16_t)(sign | 0x7e00)};
+  if (u >= 0x477ff000) return f16{(uint16_t)(sign | 0x7c00)};  // rounds to infinity
+  if (u < 0x38800000) {  // subnormal: let the adder round at 2^-24
+    float a;
+    std::memcpy(&a, &u, 4);
+    a += 0.5f;
+    std::memcpy(&u, &a, 4);
+    return f16{(uint16_t)(sign | (u - 0x3f000000))};
+  }
+  return f16{(uint16_t)(sign | ((u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13))};
+#endif
+}
+
+// Contiguous conversion between storage and the accumulation type; a no-op copy where they are the same.
+MC_INLINE void widen(float* to, const float* from, int64_t n) { std::memcpy(to, from, (size_t)n * 4); }
+MC_INLINE void widen(double* to, const double* from, int64_t n) { std::memcpy(to, from, (size_t)n * 8); }
+template <class T> MC_INLINE void widen(float* to, const T* from, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i h = _mm_loadu_si128((const __m128i*)(from + i));
+    if constexpr (__is_same(T, f16)) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(h));
+    else _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)));
+  }
+#endif
+  for (; i < n; i++) to[i] = to_float(from[i]);
+}
+MC_INLINE void narrow(float* to, const float* from, int64_t n) { std::memcpy(to, from, (size_t)n * 4); }
+MC_INLINE void narrow(double* to, const double* from, int64_t n) { std::memcpy(to, from, (size_t)n * 8); }
+MC_INLINE void narrow(bf16* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
+}
+MC_INLINE void narrow(f16* to, const float* from, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX2__)
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; i++) to[i] = to_f16(from[i]);
+}
+MC_INLINE float wide(float x) { return x; }
+MC_INLINE double wide(double x) { return x; }
+MC_INLINE float wide(bf16 x) { return to_float(x); }
+MC_INLINE float wide(f16 x) { return to_float(x); }
+MC_INLINE void put(float* p, float x) { *p = x; }
+MC_INLINE void put(double* p, double x) { *p = x; }
+MC_INLINE void put(bf16* p, float x) { *p = to_bf16(x); }
+MC_INLINE void put(f16* p, float x) { *p = to_f16(x); }
+
+// ---- reductions, always in the same order ----
+
+template <class C> MC_INLINE C sum(Vec<C> v) {
+  C x[Lanes<C>::n];
+  std::memcpy(x, &v, sizeof v);
+  for (int half = Lanes<C>::n / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+}
+#if defined(__SSE2__)
+MC_INLINE __m128 fold4(Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#elif defined(__AVX2__)
+  return _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  return (__m128)v;
+#endif
+}
+// Four sums at once; each in the order of `sum`.
+MC_INLINE void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* out) {
+  const __m128 x = fold4(a), y = fold4(b), z = fold4(c), w = fold4(d);
+  const __m128 s = _mm_add_ps(_mm_movelh_ps(x, y), _mm_movehl_ps(y, x));  // x0+x2 x1+x3 y0+y2 y1+y3
+  const __m128 t = _mm_add_ps(_mm_movelh_ps(z, w), _mm_movehl_ps(w, z));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(s, t, _MM_SHUFFLE(2, 0, 2, 0)), _mm_shuffle_ps(s, t, _MM_SHUFFLE(3, 1, 3, 1))));
+}
+#else
+MC_INLINE void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* out) {
+  out[0] = sum<float>(a), out[1] = sum<float>(b), out[2] = sum<float>(c), out[3] = sum<float>(d);
+}
+#endif
+MC_INLINE void sum4(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* out) {
+  out[0] = sum<double>(a), out[1] = sum<double>(b), out[2] = sum<double>(c), out[3] = sum<double>(d);
+}
+// A NaN anywhere makes the result NaN.
+template <class C> MC_INLINE Vec<C> vmax(Vec<C> a, Vec<C> b) { return (a > b) | (a != a) ? a : b; }
+template <class C> MC_INLINE Vec<C> vmin(Vec<C> a, Vec<C> b) { return (a < b) | (a != a) ? a : b; }
+template <class C> MC_INLINE C max_of(Vec<C> v) {
+  C m = v[0];
+  for (int i = 1; i < Lanes<C>::n; i++) m = (v[i] > m) | (v[i] != v[i]) ? v[i] : m;
+  return m;
+}
+template <class C> MC_INLINE C min_of(Vec<C> v) {
+  C m = v[0];
+  for (int i = 1; i < Lanes<C>::n; i++) m = (v[i] < m) | (v[i] != v[i]) ? v[i] : m;
+  return m;
+}
+
+// ---- exponential and logarithm ----
+
+// exp in single precision: 2^k e^r with |r| <= ln2 / 2 and Moshier's minimax coefficients (Cephes); relative error 2e-7;
+// below -87.3 it is 0 (no subnormal results).
+MC_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> lo = splat(-87.33654f), hi = splat(88.72284f);
+  const Vec<float> c = x > hi ? splat(88.72284f) : x;
+  Vec<float> k = c * 1.44269504088896341f;
+  k = (k + 12582912.0f) - 12582912.0f;  // to nearest
+  Vec<float> r = c - k * 0.693359375f;
+  r = r + k * 2.12194440e-4f;
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^k in two factors: k reaches 128.
+  const IVec<float> i = __builtin_convertvector(k, IVec<float>);
+  const IVec<float> h = i >> 1;
+  const Vec<float> y = p * (Vec<float>)((h + 127) << 23) * (Vec<float>)((i - h + 127) << 23);
+  return x < lo ? Vec<float>{} : x > hi ? splat(infinity<float>()) : x != x ? x : y;
+}
+MC_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+// log in single precision, Moshier's coefficients (relative error 2e-7), subnormals included; log 0 = -inf.
+MC_INLINE Vec<float> log(Vec<float> x) {
+  const IVec<float> tiny = x < 1.17549435e-38f;
+  const Vec<float> s = tiny ? x * 8388608.0f : x;
+  IVec<float> bits = (IVec<float>)s;
+  const IVec<float> e = ((bits - 0x3f3504f3) >> 23);  // sqrt(1/2) <= m < sqrt(2)
+  const Vec<float> m = (Vec<float>)(bits - (e << 23)) - 1.0f;
+  const Vec<float> k = __builtin_convertvector(e, Vec<float>) - (tiny ? splat(23.0f) : Vec<float>{});
+  Vec<float> p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vec<float> z = m * m;
+  Vec<float> y = p * m * z + k * -2.12194440e-4f - 0.5f * z;
+  y = m + y + k * 0.693359375f;
+  const Vec<float> inf = splat(infinity<float>());
+  return x == 0.0f ? -inf : x == inf ? inf : x != x ? x : x < 0.0f ? x * 0.0f / (x * 0.0f) : y;
+}
+MC_INLINE Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+MC_INLINE float exp1(float x) { return exp(splat(x))[0]; }
+MC_INLINE double exp1(double x) { return __builtin_exp(x); }
+template <class C> MC_INLINE C sigmoid(C x) {
+  const C e = exp1(x < 0 ? x : -x);
+  return x < 0 ? e / (1 + e) : 1 / (1 + e);
+}
+MC_INLINE float log1p_(float x) { return __builtin_log1pf(x); }
+MC_INLINE double log1p_(double x) { return __builtin_log1p(x); }
+template <class C> MC_INLINE C softplus(C x) { return (x > 0 || x != x ? x : 0) + log1p_(exp1(x > 0 ? -x : x)); }
+
+}  // namespace MC_ISA
+}  // namespace memcore

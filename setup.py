@@ -1,0 +1,200 @@
+"""Builds the package and, where torch and a C++ compiler are at hand, its native library `memcore._C`.
+
+    pip install --no-build-isolation .             the package; torch must be installed first
+    python setup.py build_ext --inplace            development: compiles again only what changed
+
+MEMCORE_BUILD_NATIVE  auto (default): without torch or a compiler, warn and build the Python package alone; 0: never; 1: or fail
+MEMCORE_SANITIZE      e.g. address,undefined: instrumented, in a build folder of its own (`make test-asan`)
+CXX, CXXFLAGS, MAX_JOBS as usual.
+
+Sources are found by pattern: `csrc/cpu/<op>_kernel.cpp` (no torch header) is compiled once per instruction set, into
+namespace memcore::MC_ISA; every other `csrc/**/*.cpp` once. torch is found, never imported: its stable ABI needs headers
+and libtorch_cpu alone, and one binary serves every torch from TORCH on and every CPython from 3.10 on.
+"""
+
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = os.environ.get("MEMCORE_BUILD_NATIVE", "auto")
+SANITIZE = os.environ.get("MEMCORE_SANITIZE", "")
+TORCH = (2, 13)
+
+ISAS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}=.", "-Icsrc"]
+COMMON += [f"-DMC_HAS_{isa.upper()}=1" for isa in ISAS]
+KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
+GLUE = ["-O2", f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"]
+
+
+def why_not_native() -> str | None:
+    """What keeps the native library from being built, or None."""
+    if NATIVE == "0":
+        return "MEMCORE_BUILD_NATIVE=0"
+    if find_spec("torch") is None:
+        return (
+            "torch is not importable at build time; install it first, then memcore without build isolation: "
+            f'pip install "torch>={TORCH[0]}.{TORCH[1]}" && pip install --no-build-isolation .'
+        )
+    if tuple(map(int, version("torch").split(".")[:2])) < TORCH:
+        return f"it needs torch >= {TORCH[0]}.{TORCH[1]}, found {version('torch')}"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "free-threaded Python has no stable ABI to build for"
+    return None
+
+
+def compiler() -> list[str]:
+    found = shlex.split(os.environ.get("CXX", "")) or next(([c] for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if found is None:
+        raise CompileError("no C++ compiler found (c++, g++, clang++ or $CXX)")
+    return found
+
+
+def run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError as e:
+        raise CompileError(f"{command[0]}: {e.strerror}") from None
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    sys.stderr.write(done.stderr)
+    return done.stdout
+
+
+class Target:
+    """One output file with the command that makes it, remade when the command or a file it reads has changed."""
+
+    def __init__(self, output: Path, command: list[str], inputs: list[Path], key: str) -> None:
+        self.output, self.command, self.inputs = output, command, inputs
+        self.stamp, self.listed = output.with_suffix(".cmd"), output.with_suffix(".d")
+        self.key = f"{key}\n{shlex.join(command)}"
+
+    def fresh(self) -> bool:
+        if not (self.output.exists() and self.stamp.exists()) or self.stamp.read_text() != self.key:
+            return False
+        inputs = list(self.inputs)
+        if self.listed.exists():  # the headers, as the compiler found them
+            words = re.split(r"(?<!\\)\s+", self.listed.read_text().replace("\\\n", " ").strip())
+            inputs += [ROOT / w.replace("\\ ", " ") for w in words[1:]]
+        made = self.stamp.stat().st_mtime_ns
+        return all(p.exists() and p.stat().st_mtime_ns < made for p in inputs)
+
+    def make(self) -> None:
+        self.stamp.unlink(missing_ok=True)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        started = time.time_ns()
+        print("building", self.output.relative_to(ROOT), flush=True)
+        run(self.command)
+        self.stamp.write_text(self.key)
+        os.utime(self.stamp, ns=(started, started))  # an edit during the compilation makes it stale
+
+
+def check_no_shared_code(obj: Path, isa: str) -> None:
+    """Refuse weak symbols: the linker keeps one copy of each, and an AVX-512 copy would crash the baseline path."""
+    if not shutil.which("nm"):
+        return
+    weak = [line.split()[-1] for line in run(["nm", str(obj)]).splitlines() if re.search(r" [WVu] ", line)]
+    if foreign := [s for s in weak if f"{len(isa)}{isa}" not in s]:
+        obj.with_suffix(".cmd").unlink()
+        raise CompileError(f"{obj.name}: inline code outside namespace memcore::{isa} is not inlined: {', '.join(foreign)}")
+
+
+def build_library() -> Path:
+    """Compile and link what is out of date; the path of the library."""
+    torch = Path(find_spec("torch").origin).parent
+    cxx = compiler()
+    key = f"{run([*cxx, '--version']).splitlines()[0]}; torch {version('torch')}"
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    if SANITIZE:
+        extra += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+    out = ROOT / "build" / "-".join(["native", *SANITIZE.split(",")]).rstrip("-")
+
+    def compiled(source: Path, flags: list[str], isa: str = "") -> Target:
+        obj = out / "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
+        obj = obj.with_name(f"{obj.name}{isa and '.'}{isa}.o")
+        command = [*cxx, *COMMON, *flags, *extra, "-MMD", "-c", str(source.relative_to(ROOT)), "-o", str(obj)]
+        return Target(obj, command, [source], key)
+
+    objects, wide = [], []
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+        if source.stem.endswith("_kernel"):
+            made = [compiled(source, [*KERNEL, *flags, f"-DMC_ISA={isa}"], isa) for isa, flags in ISAS.items()]
+            wide += [(t.output, isa) for t, isa in zip(made, ISAS) if isa != "baseline"]
+            objects += made
+        else:
+            objects.append(compiled(source, [*GLUE, "-isystem", str(torch / "include")]))
+
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+    if SANITIZE:
+        shared = ["-shared"]  # the sanitizer's runtime is preloaded
+    library = out / "_C.abi3.so"
+    link = [*cxx, *shared, *extra, *(str(t.output) for t in objects), f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+    linked = Target(library, link, [t.output for t in objects], key)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stale = [t for t in objects if not t.fresh()]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(Target.make, stale))
+        if not SANITIZE:
+            for obj, isa in wide:
+                if any(obj == t.output for t in stale):
+                    check_no_shared_code(obj, isa)
+        if not linked.fresh():
+            linked.make()
+    return library
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            library = build_library()
+        except CompileError:
+            (ROOT / "memcore" / target.name).unlink(missing_ok=True)  # rather none than one that does not fit
+            raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(library), str(target))
+
+
+if NATIVE not in ("auto", "0", "1"):
+    sys.exit(f"memcore: MEMCORE_BUILD_NATIVE must be one of auto, 0, 1, got {NATIVE!r}")
+reason = why_not_native()
+if reason and NATIVE == "1":
+    sys.exit(f"memcore: the native library cannot be built: {reason}")
+if reason and NATIVE == "auto":
+    print(f"memcore: building without the native library: {reason}", file=sys.stderr)
+
+setup(
+    packages=[
+        *find_packages(include=["memcore", "memcore.*"]),
+        *(f"memcore.{top}" for top in ("kernels", "bench")),
+        *(f"memcore.{top}.{p}" for top in ("kernels", "bench") for p in find_packages(top)),
+    ],
+    # `kernels` and `bench` have no __init__.py at their top: as folders they never hide packages of these names.
+    package_dir={"memcore": "memcore", "memcore.kernels": "kernels", "memcore.bench": "bench"},
+    ext_modules=[] if reason else [Extension("memcore._C", [], py_limited_api=True, optional=NATIVE == "auto")],
+    cmdclass={"build_ext": BuildNative},
+    options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)
