@@ -209,6 +209,8 @@ def _number(x: Any) -> str:
 
 def _test_table(test: dict[str, dict[str, Any]]) -> str:
     names = list(dict.fromkeys(k for row in test.values() for k in row))
+    if {"bits", "nats"} & set(names):  # the loss under its unit's name
+        names.remove("loss")
     rows = [["setting", *names]] + [[s, *(_number(row.get(n, "")) for n in names)] for s, row in test.items()]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _backend
 from .checkpoint import CheckpointError, atomic_write, load_checkpoint
-from .loop import CHECKPOINT, TEST_SEED, RunResult, evaluate, train
+from .loop import CHECKPOINT, TEST_SEED, RunResult, check_settings, evaluate, train
 from .presets import MODELS, preset
 
 __all__ = ["RESULT", "build", "configure", "load_run", "run", "split", "versions"]
@@ -62,7 +63,7 @@ def configure(
 def split(task: Any) -> str:
     """Where the task's sequences come from."""
     drawings = getattr(task, "drawings", None)
-    return "generated" if drawings is None else f"{drawings.split}, disjoint characters"
+    return "generated" if drawings is None else drawings.split
 
 
 def build(config: Mapping[str, Any], *, data: str | os.PathLike[str] | None = None, device: str = "cpu") -> tuple[nn.Module, Any]:
@@ -108,6 +109,9 @@ def run(
     Args:
         log: called with one line of text as the run goes on.
     """
+    check_settings({**config["train"], "max_minutes": max_minutes})
+    if test_sequences < 1:
+        raise ValueError(f"memcore.train: 'test_sequences' must be >= 1, got {test_sequences}")
     model, task = build(config, data=data, device=device)
     folder = None if out is None else _folder(Path(out), resume)
     say = log or (lambda text: None)
@@ -140,6 +144,7 @@ def run(
         "seconds": round(done.seconds, 2),
         "threads": torch.get_num_threads(),
         "device": device,
+        "backend": _backend.describe(),
         "parameters": parameters,
         "stopped": done.stopped,
         "loss": done.loss,

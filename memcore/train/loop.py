@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .optimizers import make_optimizer
+from .optimizers import OPTIMIZERS, make_optimizer
 from .progress import Progress
 
-__all__ = ["Diverged", "Interrupted", "RunResult", "evaluate", "train", "update"]
+__all__ = ["Diverged", "Interrupted", "RunResult", "check_settings", "evaluate", "train", "update"]
 
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "curve.jsonl"
+SCHEDULES = ("constant", "cosine")
 SAVE_SECONDS = 60.0
 VALIDATION_SEED = 20141020  # one stream for every run, whatever its seed: arms and seeds are compared on the same sequences
 TEST_SEED = 20160619
@@ -186,17 +187,23 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def _check(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting of `train`, of those given, that is out of range."""
     for name in ("steps", "batch_size", "eval_every", "eval_sequences"):
-        value = settings[name]
-        if not isinstance(value, int) or value < 1:
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"memcore.train: '{name}' must be an integer >= 1, got {value!r}")
     for name in ("clip_norm", "clip_value", "max_minutes"):
-        value = settings[name]
+        value = settings.get(name)
         if value is not None and not value > 0:
             raise ValueError(f"memcore.train: '{name}' must be > 0 or None, got {value!r}")
-    if settings["schedule"] not in ("constant", "cosine"):
-        raise ValueError(f"memcore.train: 'schedule' must be constant or cosine, got {settings['schedule']!r}")
+    lr = settings.get("lr", 1.0)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"memcore.train: 'lr' must be > 0 and finite, got {lr!r}")
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        value = settings.get(name, known[0])
+        if value not in known:
+            raise ValueError(f"memcore.train: '{name}' must be one of {', '.join(known)}, got {value!r}")
 
 
 def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -269,7 +276,7 @@ def train(
         "eval_sequences": eval_sequences,
         "validation": dict(validation or {}),
     }
-    _check({**settings, "steps": steps, "max_minutes": max_minutes})
+    check_settings({**settings, "steps": steps, "max_minutes": max_minutes})
     if schedule != "constant":
         settings["steps"] = steps
     folder = None if out is None else Path(out)

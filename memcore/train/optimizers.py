@@ -68,8 +68,6 @@ OPTIMIZERS = ("adam", "rmsprop")
 
 def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """`adam` (betas .9, .999) or `rmsprop` (`GravesRMSProp`: centred, decay .95, momentum .9)."""
-    if not lr > 0:
-        raise ValueError(f"memcore.train: 'lr' must be > 0, got {lr!r}")
     if name == "adam":
         return torch.optim.Adam(params, lr=lr, fused=True)
     if name == "rmsprop":
