@@ -81,11 +81,20 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def check_no_shared_code(obj: Path, isa: str) -> None:
+    """Refuse weak symbols: the linker keeps one copy of each, and an AVX-512 copy would crash the baseline path."""
+    if not shutil.which("nm"):
+        return
+    weak = [line.split()[-1] for line in run(["nm", str(obj)]).splitlines() if re.search(r" [WVu] ", line)]
+    if foreign := [s for s in weak if f"{len(isa)}{isa}" not in s]:
+        raise CompileError(f"{obj.name}: inline code outside namespace memcore::{isa} is not inlined: {', '.join(foreign)}")
+
+
 class Target:
     """One output file with the command that makes it, remade when the command or a file it reads has changed."""
 
-    def __init__(self, output: Path, command: list[str], inputs: list[Path], key: str) -> None:
-        self.output, self.command, self.inputs = output, command, inputs
+    def __init__(self, output: Path, command: list[str], inputs: list[Path], key: str, isa: str = "") -> None:
+        self.output, self.command, self.inputs, self.isa = output, command, inputs, isa
         self.stamp, self.listed = output.with_suffix(".cmd"), output.with_suffix(".d")
         self.key = f"{key}\n{shlex.join(command)}"
 
@@ -103,20 +112,12 @@ class Target:
         self.stamp.unlink(missing_ok=True)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         started = time.time_ns()
-        print("building", self.output.relative_to(ROOT), flush=True)
+        print(f"building {self.output.relative_to(ROOT)}\n", end="", flush=True)
         run(self.command)
+        if self.isa not in ("", "baseline") and not SANITIZE:
+            check_no_shared_code(self.output, self.isa)
         self.stamp.write_text(self.key)
         os.utime(self.stamp, ns=(started, started))  # an edit during the compilation makes it stale
-
-
-def check_no_shared_code(obj: Path, isa: str) -> None:
-    """Refuse weak symbols: the linker keeps one copy of each, and an AVX-512 copy would crash the baseline path."""
-    if not shutil.which("nm"):
-        return
-    weak = [line.split()[-1] for line in run(["nm", str(obj)]).splitlines() if re.search(r" [WVu] ", line)]
-    if foreign := [s for s in weak if f"{len(isa)}{isa}" not in s]:
-        obj.with_suffix(".cmd").unlink()
-        raise CompileError(f"{obj.name}: inline code outside namespace memcore::{isa} is not inlined: {', '.join(foreign)}")
 
 
 def build_library() -> Path:
@@ -133,14 +134,12 @@ def build_library() -> Path:
         obj = out / "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
         obj = obj.with_name(f"{obj.name}{isa and '.'}{isa}.o")
         command = [*cxx, *COMMON, *flags, *extra, "-MMD", "-c", str(source.relative_to(ROOT)), "-o", str(obj)]
-        return Target(obj, command, [source], key)
+        return Target(obj, command, [source], key, isa)
 
-    objects, wide = [], []
+    objects = []
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         if source.stem.endswith("_kernel"):
-            made = [compiled(source, [*KERNEL, *flags, f"-DMC_ISA={isa}"], isa) for isa, flags in ISAS.items()]
-            wide += [(t.output, isa) for t, isa in zip(made, ISAS) if isa != "baseline"]
-            objects += made
+            objects += [compiled(source, [*KERNEL, *flags, f"-DMC_ISA={isa}"], isa) for isa, flags in ISAS.items()]
         else:
             objects.append(compiled(source, [*GLUE, "-isystem", str(torch / "include")]))
 
@@ -157,10 +156,6 @@ def build_library() -> Path:
         stale = [t for t in objects if not t.fresh()]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(Target.make, stale))
-        if not SANITIZE:
-            for obj, isa in wide:
-                if any(obj == t.output for t in stale):
-                    check_no_shared_code(obj, isa)
         if not linked.fresh():
             linked.make()
     return library
@@ -172,7 +167,8 @@ class BuildNative(build_ext):
         try:
             library = build_library()
         except CompileError:
-            (ROOT / "memcore" / target.name).unlink(missing_ok=True)  # rather none than one that does not fit
+            for old in (target, ROOT / "memcore" / target.name):  # rather none than one that does not fit
+                old.unlink(missing_ok=True)
             raise
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(library), str(target))
