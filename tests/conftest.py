@@ -1,0 +1,96 @@
+"""What every test gets: seeds, one thread, uninitialised memory full of NaN, and the operators' backends."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+_data = Path(__file__).resolve().parents[2] / "shared" / "data"
+if "MEMCORE_DATA" not in os.environ and _data.is_dir():
+    os.environ["MEMCORE_DATA"] = str(_data)
+
+from memcore import _backend  # noqa: E402  (MEMCORE_DATA comes first)
+
+hypothesis.settings.register_profile("memcore", deadline=None, derandomize=True, max_examples=12, database=None)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "memcore"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs with --slow or -m slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip_slow = not config.getoption("--slow") and not config.getoption("markexpr")
+    for item in items:
+        if skip_slow and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _house():
+    """Fixed seed, one thread, NaN in every fresh tensor (native kernels allocate through aten too), no leftovers after."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _paths() -> list[str]:
+    """The reference, and the registered operators: once for each instruction set that runs here, or in Python if not built."""
+    if _backend.native is None:
+        return ["reference", "registered"]
+    if hasattr(torch.ops.memcore, "_cpu_isas"):
+        return ["reference", *(f"native-{isa}" for isa in torch.ops.memcore._cpu_isas().split(","))]
+    return ["reference", "native"]
+
+
+PATHS = _paths()
+
+
+@contextmanager
+def use_path(path: str):
+    """Run memcore's operators in one of PATHS."""
+    kind, _, isa = path.partition("-")
+    previous_isa = torch.ops.memcore._set_cpu_isa(isa) if isa else None
+    native_cpu, _backend._native_cpu = _backend._native_cpu, kind != "reference"
+    try:
+        with _backend.backend("reference" if kind == "reference" else "native"):
+            yield
+    finally:
+        _backend._native_cpu = native_cpu
+        if isa:
+            torch.ops.memcore._set_cpu_isa(previous_isa)
+
+
+@pytest.fixture(params=PATHS)
+def backend(request):
+    """Every implementation of the operators in turn; its name."""
+    with use_path(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=PATHS[-1:])
+def operators(request):
+    """The registered operators in their best implementation; its name."""
+    with use_path(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", PATHS[-1]])
+def two_backends(request):
+    """The reference and the registered operators in their best implementation; its name."""
+    with use_path(request.param):
+        yield request.param
