@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("kind", choices=("curve", "memory", "accuracy"), help="what to draw")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders; for curve, runs that differ in the seed alone share a band")
     p.add_argument("--out", metavar="FILE", help="image to write, .png .svg .pdf (default: KIND.png in the first run's folder)")
-    p.add_argument("--metric", metavar="NAME", help="curve: column to draw, e.g. loss, wrong_bits (default: eval_loss)")
+    p.add_argument("--metric", metavar="NAME", help="curve: column to draw, e.g. loss, wrong_bits, accuracy.2 for the second entry of a list (default: eval_loss)")
     p.add_argument("--log", action="store_true", help="curve: logarithmic axis")
     p.add_argument("--x", choices=("sequences", "step", "seconds"), default="sequences", help="curve: horizontal axis (default: sequences)")
     p.add_argument("--set", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="memory: the sequence drawn, e.g. length=20")
@@ -317,7 +317,7 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from .train import evaluate, load_run
     from .train.experiment import split
-    from .train.loop import TEST_SEED
+    from .train.loop import TEST_SEED, plain
 
     model, task, config = load_run(args.run, data=args.data)
     settings = dict(task.test_settings)
@@ -339,7 +339,7 @@ def _eval(args: argparse.Namespace) -> int:
         "split": split(task),
         "test_sequences": args.sequences,
         "test_seed": seed,
-        "test": test,
+        "test": plain(test),
     }
     _emit(document, f"{config['task']}, {config['model']}, {args.sequences} sequences a setting\n{_test_table(test)}", args.json)
     return 0
@@ -373,7 +373,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
-    report = demo.run(args.out, minutes=args.minutes, seed=args.seed, data=args.data, log=_say)
+    report = demo.run_demo(args.out, minutes=args.minutes, seed=args.seed, data=args.data, log=_say)
     _emit(report, f"wrote {Path(args.out) / 'index.html'}", args.json)
     return 0
 

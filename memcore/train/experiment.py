@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import _backend
 from .checkpoint import CheckpointError, atomic_write, load_checkpoint
-from .loop import CHECKPOINT, TEST_SEED, RunResult, check_settings, evaluate, train
+from .loop import CHECKPOINT, TEST_SEED, RunResult, check_settings, evaluate, plain, train
 from .presets import MODELS, preset
 
 __all__ = ["RESULT", "build", "configure", "load_run", "run", "split", "versions"]
@@ -133,28 +133,30 @@ def run(
         callback=callback,
         **config["train"],
     )
-    result = {
-        "task": config["task"],
-        "model": config["model"],
-        "preset": config["preset"],
-        "seed": config["train"]["seed"],
-        "split": split(task),
-        "updates": done.updates,
-        "sequences": done.sequences,
-        "seconds": round(done.seconds, 2),
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "backend": _backend.describe(),
-        "parameters": parameters,
-        "stopped": done.stopped,
-        "loss": done.loss,
-        "optimum": task.optimum,
-        "test_sequences": test_sequences,
-        "test_seed": TEST_SEED,
-        "test": evaluate(model, task, sequences=test_sequences),
-        "config": config,
-        "versions": versions(),
-    }
+    result = plain(
+        {
+            "task": config["task"],
+            "model": config["model"],
+            "preset": config["preset"],
+            "seed": config["train"]["seed"],
+            "split": split(task),
+            "updates": done.updates,
+            "sequences": done.sequences,
+            "seconds": round(done.seconds, 2),
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "backend": _backend.describe(),
+            "parameters": parameters,
+            "stopped": done.stopped,
+            "loss": done.loss,
+            "optimum": task.optimum,
+            "test_sequences": test_sequences,
+            "test_seed": TEST_SEED,
+            "test": evaluate(model, task, sequences=test_sequences),
+            "config": config,
+            "versions": versions(),
+        }
+    )
     if folder is not None:
         atomic_write(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     return result, model, task

@@ -136,8 +136,13 @@ def evaluate(
     return out
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n"  # NaN is no JSON
+def plain(x: Any) -> Any:
+    """`x` as JSON can hold it: a NaN or infinite number becomes None."""
+    if isinstance(x, Mapping):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 class _Curve:
@@ -156,13 +161,14 @@ class _Curve:
                     break
                 if row["step"] <= keep_until:
                     self.rows.append(row)
-        path.write_text("".join(map(_line, self.rows)))
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, row: dict[str, Any]) -> None:
+        row = plain(row)
         self.rows.append(row)
         if self.path is not None:
             with open(self.path, "a") as f:
-                f.write(_line(row))
+                f.write(json.dumps(row) + "\n")
 
 
 @contextmanager

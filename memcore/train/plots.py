@@ -65,6 +65,14 @@ def _rows(folder: PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def _columns(row: Mapping[str, Any]) -> dict[str, float]:
+    """The row with its lists spread: accuracy.1, accuracy.2, ..."""
+    spread: dict[str, float] = {}
+    for key, value in row.items():
+        spread.update({f"{key}.{i}": v for i, v in enumerate(value, 1)} if isinstance(value, list) else {key: value})
+    return spread
+
+
 def _names(folders: Sequence[PathLike]) -> list[tuple[str, str]]:
     """(task, label of the arm) of each run; runs that differ in the seed alone share both."""
     configs = [load_checkpoint(Path(f) / CHECKPOINT).meta["user"] for f in folders]
@@ -94,7 +102,7 @@ def curve(
     Args:
         runs: folders written by `memcore train`.
         out: image to write; None only returns the figure.
-        metric: column of the learning curve.
+        metric: column of the learning curve; `name.k` is the kth entry of one that holds lists.
         x: "sequences", "step" or "seconds".
         log: logarithmic vertical axis.
 
@@ -108,9 +116,9 @@ def curve(
     groups: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
     for folder, name in zip(runs, names, strict=True):
         rows = _rows(folder)
-        numbers = [k for k, v in rows[0].items() if not isinstance(v, list)]
-        if metric not in numbers:
-            raise ValueError(f"memcore.plots.curve: 'metric' must be one of {', '.join(numbers)}, got {metric!r}")
+        rows = [_columns(row) for row in rows]
+        if metric not in rows[0]:
+            raise ValueError(f"memcore.plots.curve: 'metric' must be one of {', '.join(rows[0])}, got {metric!r}")
         groups.setdefault(name, []).append(tuple(np.array([r[k] for r in rows], dtype=float) for k in (x, metric)))
     figure = _figure(7, 4.2)
     axes = figure.subplots()

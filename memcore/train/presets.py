@@ -16,7 +16,7 @@ MODELS = ("ntm", "mann", "lstm")
 
 _ADAM = {"batch_size": 16, "optimizer": "adam", "lr": 1e-3, "schedule": "cosine", "clip_norm": 10.0}
 _GRAVES = {"batch_size": 1, "optimizer": "rmsprop", "lr": 1e-4, "schedule": "constant", "clip_value": 10.0}
-_UNSEEN = {"validation": {"part": "test"}, "eval_every": 200}  # the curve shows characters that training never sees
+_UNSEEN = {"validation": {"part": "test"}, "eval_every": 200, "eval_sequences": 128}  # the curve shows characters that training never sees
 _NTM = {"memory_slots": 128, "slot_width": 20, "controller": "lstm", "controller_size": 100}
 _LSTM = {"hidden_size": 128, "num_layers": 3}  # 331,905 parameters or more, against about 67,000 of the NTM
 
