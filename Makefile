@@ -1,0 +1,58 @@
+# Every target does its own set-up on a fresh machine: .venv, torch, the package, its native library where a C++ compiler is.
+#
+#   make test [ARGS="tests/kernels -k read"]     the test suite; MEMCORE_DATA=DIR for the tests on real data
+#   make demo | bench | test-slow | test-asan | build | clean
+#
+# PYTHON, VENV and TORCH choose the interpreter, the environment's folder and what pip gets as torch, for example
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+SANITIZE ?= address,undefined
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/memcore.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo bench build test-slow test-asan clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(READY): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("memcore: needs Python >= 3.10 (make PYTHON=...)" if sys.version_info < (3, 10) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'from importlib.util import find_spec; raise SystemExit(find_spec("torch") is None)' || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install --no-build-isolation -e ".[test]"
+	@touch $@
+
+build: $(READY)
+	@$(PY) setup.py -q build_ext --inplace
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+test-slow: build
+	$(PY) -m pytest -m slow $(ARGS)
+
+demo: build
+	$(VENV)/bin/memcore demo $(ARGS)
+
+bench: build
+	$(VENV)/bin/memcore bench $(ARGS)
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package that the bare `pytest` command
+# (no checkout on sys.path) finds first. The runtimes are preloaded because Python itself is not instrumented.
+test-asan: $(READY)
+	@rm -rf build/asan
+	@MEMCORE_BUILD_NATIVE=1 MEMCORE_SANITIZE=$(SANITIZE) $(PY) setup.py -q build --build-lib build/asan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MEMCORE_BACKEND=native \
+	$(VENV)/bin/pytest -o pythonpath=build/asan -p no:cacheprovider tests/kernels tests/test_contract.py \
+	-k 'kernels or test_forward or test_gradient' $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info memcore/_C*.so .pytest_cache .hypothesis .benchmarks
+	find memcore kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
