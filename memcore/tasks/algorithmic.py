@@ -1,5 +1,6 @@
 """The five tasks of Graves, Wayne and Danihelka, "Neural Turing Machines" (2014), section 4."""
 
+import math
 from typing import Any
 
 import torch
@@ -254,19 +255,18 @@ def ngram_optimum(batch: Batch) -> Tensor:
     """Cost [B], in bits, of the best estimator on the predictable bits of a batch of `DynamicNGrams` (all but five).
 
     P(1) = (N1 + 1/2) / (N1 + N0 + 1), N0 and N1 the zeros and ones seen so far after the same five bits: the Bayesian
-    estimate for the prior Beta(1/2, 1/2) (Murphy 2012; Graves et al. 2014, equation 10). Counted in float64.
+    estimate for the prior Beta(1/2, 1/2) (Graves et al. 2014, equation 10). The product of these over the visits of a
+    context depends on its last counts alone, Gamma(N1 + 1/2) Gamma(N0 + 1/2) / (pi Gamma(N1 + N0 + 1)); in float64.
     """
     k, contexts = DynamicNGrams.context, 2**DynamicNGrams.context
     bits = batch.target[..., 0].long()  # [T, B]
     steps = len(bits) - k
     context = sum(bits[i : i + steps] << (k - 1 - i) for i in range(k))  # [T - k, B]
-    ones = torch.nn.functional.one_hot(context, contexts).double()  # [T - k, B, contexts]
-    bit = bits[k:].double()
-    seen = (ones.cumsum(0) - ones).gather(-1, context.unsqueeze(-1))[..., 0]
-    marked = ones * bit.unsqueeze(-1)
-    seen_ones = (marked.cumsum(0) - marked).gather(-1, context.unsqueeze(-1))[..., 0]
-    p = (seen_ones + 0.5) / (seen + 1)
-    return -torch.where(bit > 0, p, 1 - p).log2().sum(0)
+    ones = torch.zeros(contexts, bits.shape[1], dtype=torch.float64, device=bits.device)
+    visits = ones.scatter_add(0, context, torch.ones_like(context, dtype=torch.float64))
+    ones = ones.scatter_add(0, context, bits[k:].double())
+    nats = torch.lgamma(visits + 1) + math.log(math.pi) - torch.lgamma(ones + 0.5) - torch.lgamma(visits - ones + 0.5)
+    return nats.sum(0) / math.log(2)
 
 
 class PrioritySort(BitTask):
