@@ -1,17 +1,58 @@
-// What the glue of every operator needs: torch's stable ABI and errors without a source path in their text.
+// What the glue of every operator needs: torch's stable ABI, errors without a source path in their text, tensors as the
+// kernels want them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dtype.h"
 
 namespace memcore {
 
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+
+inline DType dtype_of(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: fail("memcore: kernels take float64, float32, bfloat16 and float16 tensors");
+  }
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
+// The gradient of an output that may not have been used.
+inline Tensor dense_or_zero(const OptionalTensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
+  return t ? dense(*t) : torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+}
+inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+}
+inline Tensor make_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+
+inline const void* in(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* in(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline void* out(const Tensor& t) { return t.mutable_data_ptr(); }
+
+// Items 0..n in parallel ranges, each worth a thread's while; `cost` is roughly the multiply-adds of one item.
+template <class F> inline void parallel(int64_t n, int64_t cost, const F& f) {
+  if (n <= 0) return;
+  const int64_t grain = 30000 / (cost > 0 ? cost : 1) + 1;
+  if (n <= grain) return f(0, n);
+  torch::stable::parallel_for(0, n, grain, f);
+}
 
 }  // namespace memcore

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -222,6 +224,8 @@ MC_INLINE void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, floa
 MC_INLINE void sum4(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* out) {
   out[0] = sum<double>(a), out[1] = sum<double>(b), out[2] = sum<double>(c), out[3] = sum<double>(d);
 }
+MC_INLINE float root(float x) { return __builtin_sqrtf(x); }
+MC_INLINE double root(double x) { return __builtin_sqrt(x); }
 // A NaN anywhere makes the result NaN.
 template <class C> MC_INLINE Vec<C> vmax(Vec<C> a, Vec<C> b) { return (a > b) | (a != a) ? a : b; }
 template <class C> MC_INLINE Vec<C> vmin(Vec<C> a, Vec<C> b) { return (a < b) | (a != a) ? a : b; }
@@ -301,6 +305,16 @@ template <class C> MC_INLINE C sigmoid(C x) {
 MC_INLINE float log1p_(float x) { return __builtin_log1pf(x); }
 MC_INLINE double log1p_(double x) { return __builtin_log1p(x); }
 template <class C> MC_INLINE C softplus(C x) { return (x > 0 || x != x ? x : 0) + log1p_(exp1(x > 0 ? -x : x)); }
+
+// f(T{}) for the storage type named by `dtype`.
+template <class F> MC_INLINE void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
 
 }  // namespace MC_ISA
 }  // namespace memcore

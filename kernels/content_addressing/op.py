@@ -26,7 +26,6 @@ _fwd = register(
     _reference,
     _fake,
     differentiable=("key", "memory", "strength"),
-    saves=(0,),
 )
 
 

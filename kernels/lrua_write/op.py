@@ -26,7 +26,6 @@ _fwd = register(
     _fake,
     outputs=2,
     differentiable=("memory", "word", "previous_read", "gate"),
-    saves=(1,),
 )
 
 

@@ -15,7 +15,6 @@ _fwd = register(
     reference.ntm_addressing,
     lambda key, memory, strength, gate, shift, gamma, previous: previous.new_empty(previous.shape),
     differentiable=("key", "memory", "strength", "gate", "shift", "gamma", "previous"),
-    saves=(0,),
 )
 
 

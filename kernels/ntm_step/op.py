@@ -38,7 +38,6 @@ _fwd = register(
     _fake,
     outputs=3,
     differentiable=("memory", "interface", "previous"),
-    saves=(2,),
 )
 
 

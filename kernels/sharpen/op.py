@@ -15,7 +15,6 @@ _fwd = register(
     reference.sharpen,
     lambda weights, gamma: weights.new_empty(weights.shape),
     differentiable=("weights", "gamma"),
-    saves=(0,),
 )
 
 

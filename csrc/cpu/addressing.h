@@ -1,0 +1,408 @@
+// Addressing of one batch element in the accumulation type C: similarity, softmax, interpolation, circular shift,
+// sharpening, and their backwards. Rows over the slots are padded to whole vectors (`Np`), the padding is 0.
+#pragma once
+
+#include <cstdlib>
+
+#include "rows.h"
+
+namespace memcore {
+namespace MC_ISA {
+
+// Scratch memory: laid out twice, first without memory to learn the size.
+class Arena {
+ public:
+  template <class F> explicit Arena(F layout) {
+    layout(*this);
+    base_ = (char*)std::aligned_alloc(64, (size_t)round_up(used_ > 0 ? used_ : 1, 64));
+    if (!base_) std::abort();
+    used_ = 0;
+    layout(*this);
+  }
+  ~Arena() { std::free(base_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  template <class C> void take(C*& p, int64_t n) {
+    p = (C*)(base_ + used_);
+    used_ += round_up((n > 0 ? n : 1) * (int64_t)sizeof(C), 64);
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t used_ = 0;
+};
+
+template <class C> MC_INLINE void fill(C* p, int64_t n, C x) {
+  for (int64_t i = 0; i < n; i++) p[i] = x;
+}
+
+// The first `valid` lanes of v, 0 in the others.
+template <class C> MC_INLINE Vec<C> first(Vec<C> v, int64_t valid) {
+  if (valid < Lanes<C>::n)
+    for (int64_t i = valid; i < Lanes<C>::n; i++) v[i] = 0;
+  return v;
+}
+
+// Sums of any length to rounding: lanes in C for a while, then double.
+template <class C> class Total {
+ public:
+  MC_INLINE void add(Vec<C> v) {
+    lanes_ += v;
+    if (++count_ == 64) flush();
+  }
+  MC_INLINE C value() {
+    flush();
+    return (C)total_;
+  }
+
+ private:
+  MC_INLINE void flush() {
+    total_ += (double)sum<C>(lanes_);
+    lanes_ = Vec<C>{};
+    count_ = 0;
+  }
+  Vec<C> lanes_{};
+  int count_ = 0;
+  double total_ = 0;
+};
+
+constexpr double kEps = 1e-8;
+
+// ---- similarity ----
+
+// Rows n0.. of a memory in C, masked rows as zeros; scratch holds the block.
+template <class T> MC_INLINE const Acc<T>* block_of(const T* memory, int64_t n0, int64_t rows, int64_t W, const bool* mask, Acc<T>* scratch) {
+  if (!mask) return widened(memory + n0 * W, rows * W, scratch);
+  for (int64_t n = 0; n < rows; n++)
+    if (mask[n0 + n]) widen(scratch + n * W, memory + (n0 + n) * W, W);
+    else std::memset(scratch + n * W, 0, (size_t)W * sizeof(Acc<T>));
+  return scratch;
+}
+
+// 1 / max(|x|, eps), or 0 for a zero vector.
+template <class C> MC_INLINE C inverse_norm(C norm2) {
+  const C norm = root(norm2);
+  return norm2 == 0 ? 0 : norm < (C)kEps ? (C)(1 / kEps) : 1 / norm;
+}
+
+// What the similarity of one element's keys and memory leaves for the backward.
+template <class C> struct Similarity {
+  int64_t H, N, W, Np, Wp;
+  bool cosine;
+  C* key;    // [H, Wp]
+  C* ik;     // [H] inverse key norms
+  C* sim;    // [H, Np]
+  C* im;     // [Np] inverse row norms
+  C* norm2;  // [Np]
+
+  void sizes(int64_t H_, int64_t N_, int64_t W_, bool cosine_) {
+    H = H_, N = N_, W = W_, Np = padded<C>(N_), Wp = padded<C>(W_), cosine = cosine_;
+  }
+  void layout(Arena& a) {
+    a.take(key, H * Wp);
+    a.take(ik, H);
+    a.take(sim, H * Np);
+    a.take(im, Np);
+    a.take(norm2, Np);
+  }
+
+  // key is in place; block is scratch.
+  template <class T> void forward(const T* memory, const bool* mask, C* block) {
+    const int64_t step = block_rows<C>(W);
+    for (int64_t n = 0; n < N; n += step) {
+      const int64_t rows = N - n < step ? N - n : step;
+      dots(block_of(memory, n, rows, W, mask, block), W, rows, W, key, Wp, H, sim + n, Np, cosine ? norm2 + n : nullptr);
+    }
+    for (int64_t h = 0; h < H; h++) fill(sim + h * Np + N, Np - N, (C)0);
+    if (!cosine) return;
+    fill(norm2 + N, Np - N, (C)0);
+    constexpr int L = Lanes<C>::n;
+    for (int64_t n = 0; n < Np; n += L) {
+      const Vec<C> q = load(norm2 + n);
+      Vec<C> norm;
+      for (int i = 0; i < L; i++) norm[i] = root((C)q[i]);
+      store(im + n, q == 0 ? Vec<C>{} : norm < (C)kEps ? splat((C)(1 / kEps)) : 1 / norm);
+    }
+    for (int64_t h = 0; h < H; h++) {
+      C k2 = 0;
+      for (int64_t w = 0; w < W; w++) k2 += key[h * Wp + w] * key[h * Wp + w];
+      ik[h] = inverse_norm(k2);
+      C* s = sim + h * Np;
+      if (ik[h] == 0) fill(s, Np, (C)0);
+      else
+        for (int64_t n = 0; n < Np; n += L) store(s + n, load(norm2 + n) == 0 ? Vec<C>{} : load(s + n) * (ik[h] * load(im + n)));
+    }
+    if (mask)
+      for (int64_t n = 0; n < N; n++)
+        if (!mask[n]) im[n] = 0;
+  }
+
+  // dsim [H, Np] becomes the rows' coefficients of the keys; own[n] and key_own[h] are those of the rows and keys themselves:
+  //   dm_n = sum over h of dsim[h][n] k_h - own[n] m_n          dk_h = sum over n of dsim[h][n] m_n - key_own[h] k_h
+  void backward(C* dsim, C* own, C* key_own) const {
+    constexpr int L = Lanes<C>::n;
+    fill(own, Np, (C)0);
+    fill(key_own, H, (C)0);
+    if (!cosine) return;
+    const C least = (C)(kEps * kEps);
+    for (int64_t h = 0; h < H; h++) {
+      Total<C> total;
+      for (int64_t n = 0; n < Np; n += L) {
+        const Vec<C> d = load(dsim + h * Np + n), x = d * load(sim + h * Np + n), i = load(im + n);
+        total.add(x);
+        store(own + n, load(own + n) + (load(norm2 + n) > least ? x * i * i : Vec<C>{}));
+        store(dsim + h * Np + n, i == 0 ? Vec<C>{} : d * (ik[h] * i));
+      }
+      key_own[h] = ik[h] < (C)(1 / kEps) ? total.value() * ik[h] * ik[h] : 0;
+    }
+  }
+};
+
+// Row pass of the similarity's backward: dm (+)= ..., dk += .... `base` is what dm starts from (null: zero).
+template <class T>
+MC_INLINE void similarity_rows(
+    const Similarity<Acc<T>>& s, const Acc<T>* m, int64_t n, int64_t rows, const Acc<T>* base, Acc<T>* dm, const Acc<T>* c, const Acc<T>* own, Acc<T>* dk) {
+  typedef Acc<T> C;
+  constexpr int L = Lanes<C>::n;
+  if (dk) gather(m, s.W, rows, s.W, c + n, s.Np, s.H, dk, s.Wp);
+  if (!dm) return;
+  scatter(dm, s.W, base, s.W, rows, s.W, c + n, s.Np, s.H, s.key, s.Wp);
+  if (!s.cosine) return;
+  for (int64_t r = 0; r < rows; r++) {
+    const Vec<C> o = splat(own[n + r]);
+    for (int64_t w = 0; w < s.W; w += L) {
+      const int part = s.W - w < L ? (int)(s.W - w) : L;
+      C* p = dm + r * s.W + w;
+      store_n(p, load_n(p, part) - o * load_n(m + r * s.W + w, part), part);
+    }
+  }
+}
+
+// ---- softmax over strength * similarity ----
+
+// w = softmax(beta (sim - extreme)) over usable slots; returns the extreme, which every score is taken from.
+template <class C> inline C softmax(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
+  constexpr int L = Lanes<C>::n;
+  const bool up = beta >= 0;
+  C extreme = up ? -infinity<C>() : infinity<C>();
+  if (!mask) {
+    Vec<C> x = splat(extreme);
+    int64_t n = 0;
+    for (; n + L <= N; n += L) x = up ? vmax<C>(x, load(sim + n)) : vmin<C>(x, load(sim + n));
+    extreme = up ? max_of<C>(x) : min_of<C>(x);
+    for (; n < N; n++) extreme = (up ? sim[n] > extreme : sim[n] < extreme) || sim[n] != sim[n] ? sim[n] : extreme;
+  } else {
+    bool any = false;
+    for (int64_t n = 0; n < N; n++)
+      if (mask[n]) {
+        any = true;
+        extreme = (up ? sim[n] > extreme : sim[n] < extreme) || sim[n] != sim[n] ? sim[n] : extreme;
+      }
+    if (!any) {
+      fill(w, Np, (C)0);
+      return 0;
+    }
+  }
+  Total<C> total;
+  for (int64_t n = 0; n < Np; n += L) {
+    Vec<C> e = first<C>(exp(beta * (load(sim + n) - extreme)), N - n);
+    if (mask)
+      for (int64_t i = 0; i < L && n + i < N; i++) e[i] = mask[n + i] ? e[i] : 0;
+    store(w + n, e);
+    total.add(e);
+  }
+  const C inverse = 1 / total.value();
+  for (int64_t n = 0; n < Np; n += L) store(w + n, first<C>(load(w + n) * inverse, N - n));
+  return N > 0 ? extreme : 0;
+}
+
+// dw becomes dsim; returns dbeta.
+template <class C> inline C softmax_backward(C* dw, const C* w, const C* sim, C extreme, int64_t Np, C beta) {
+  constexpr int L = Lanes<C>::n;
+  Total<C> inner, strength;
+  for (int64_t n = 0; n < Np; n += L) inner.add(load(w + n) * load(dw + n));
+  const C mean = inner.value();
+  for (int64_t n = 0; n < Np; n += L) {
+    const Vec<C> x = load(w + n);
+    const Vec<C> t = x == 0 ? Vec<C>{} : x * (load(dw + n) - mean);
+    strength.add(t == 0 ? Vec<C>{} : t * (load(sim + n) - extreme));
+    store(dw + n, t == 0 ? Vec<C>{} : t * beta);
+  }
+  return strength.value();
+}
+
+// ---- interpolation and circular shift ----
+
+template <class C> MC_INLINE void interpolate_row(C* out, const C* content, const C* previous, C gate, int64_t Np) {
+  constexpr int L = Lanes<C>::n;
+  const C keep = 1 - gate;
+  for (int64_t n = 0; n < Np; n += L) store(out + n, gate * load(content + n) + keep * load(previous + n));
+}
+
+// ring[i + R] = w[i mod N] for i in -R .. Np + R - 1, so that every shift is a plain offset; N > 0.
+template <class C> MC_INLINE void unroll(C* ring, const C* w, int64_t N, int64_t Np, int64_t R) {
+  std::memcpy(ring + R, w, (size_t)N * sizeof(C));
+  for (int64_t i = 1, j = N - 1; i <= R; i++, j = j == 0 ? N - 1 : j - 1) ring[R - i] = w[j];
+  const int64_t end = Np + R;
+  for (int64_t i = N, j = 0; i < end; i++, j = j == N - 1 ? 0 : j + 1) ring[R + i] = w[j];
+}
+template <class C> MC_INLINE int64_t ring_size(int64_t Np, int64_t R) { return Np + 2 * R; }
+
+// out_i = sum over j of s[j + R] w[(i - j) mod N]; ring is w unrolled.
+template <class C> MC_INLINE void shift_row(C* out, const C* ring, const C* s, int64_t N, int64_t Np, int64_t R) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t n = 0; n < Np; n += L) {
+    Vec<C> v = s[0] * load(ring + n + 2 * R);
+    for (int64_t j = 1; j <= 2 * R; j++) v += s[j] * load(ring + n + 2 * R - j);
+    store(out + n, first<C>(v, N - n));
+  }
+}
+
+// dring is the unrolled gradient of the output, ring the unrolled input. dw_i = sum over j of s[j + R] d[(i + j) mod N]; ds += ....
+template <class C>
+MC_INLINE void shift_backward(C* dw, C* ds, const C* dring, const C* ring, const C* s, int64_t N, int64_t Np, int64_t R) {
+  constexpr int L = Lanes<C>::n;
+  if (dw)
+    for (int64_t n = 0; n < Np; n += L) {
+      Vec<C> v = s[0] * load(dring + n);
+      for (int64_t j = 1; j <= 2 * R; j++) v += s[j] * load(dring + n + j);
+      store(dw + n, first<C>(v, N - n));
+    }
+  for (int64_t j = 0; j <= 2 * R; j++) {
+    Total<C> t;
+    for (int64_t n = 0; n < Np; n += L) t.add(first<C>(load(dring + R + n) * load(ring + n + 2 * R - j), N - n));
+    ds[j] += t.value();
+  }
+}
+
+// ---- sharpening ----
+
+// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)); ratio_log keeps log(w / extreme).
+template <class C> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> x = gamma >= 0 ? Vec<C>{} : splat(infinity<C>());
+  if (gamma >= 0)
+    for (int64_t n = 0; n < Np; n += L) x = vmax<C>(x, load(w + n));
+  else  // NaN gamma too
+    for (int64_t n = 0; n < Np; n += L) {
+      const Vec<C> v = load(w + n);
+      x = vmin<C>(x, v <= 0 ? splat(infinity<C>()) : v);
+    }
+  C extreme = gamma >= 0 ? max_of<C>(x) : min_of<C>(x);
+  if (gamma != gamma) extreme = gamma;
+  else if (extreme == 0 || (gamma < 0 && extreme == infinity<C>())) {  // nothing positive
+    fill(p, Np, (C)0);
+    if (ratio_log) fill(ratio_log, Np, (C)0);
+    return;
+  }
+  Total<C> total;
+  for (int64_t n = 0; n < Np; n += L) {
+    const Vec<C> v = load(w + n);
+    const Vec<C> l = v <= 0 ? Vec<C>{} : log(v / extreme);
+    const Vec<C> e = v <= 0 ? Vec<C>{} : exp(gamma * l);
+    if (ratio_log) store(ratio_log + n, l);
+    store(p + n, e);
+    total.add(e);
+  }
+  const C sum = total.value(), inverse = extreme != extreme ? extreme : 1 / sum;
+  for (int64_t n = 0; n < Np; n += L) store(p + n, first<C>(load(p + n) * inverse, N - n));
+}
+
+// dp becomes dw; returns dgamma.
+template <class C> inline C sharpen_backward(C* dp, const C* p, const C* ratio_log, const C* w, C gamma, int64_t Np) {
+  constexpr int L = Lanes<C>::n;
+  Total<C> inner, power;
+  for (int64_t n = 0; n < Np; n += L) inner.add(load(p + n) * load(dp + n));
+  const C mean = inner.value();
+  for (int64_t n = 0; n < Np; n += L) {
+    const Vec<C> x = load(p + n), v = load(w + n);
+    const Vec<C> t = x == 0 ? Vec<C>{} : x * (load(dp + n) - mean);
+    power.add(t == 0 ? Vec<C>{} : t * load(ratio_log + n));
+    store(dp + n, t == 0 ? Vec<C>{} : gamma * t / v);
+  }
+  return power.value();
+}
+
+// ---- a head's way from similarities to weights ----
+
+// Arrays of all heads of one element for the NTM's addressing; `keep` is for a backward.
+template <class C> struct Addressing {
+  Similarity<C> similar;
+  int64_t R;
+  C *beta, *gate, *gamma, *extreme;  // [H]
+  C* shift;                          // [H, 2R + 1]
+  C* previous;                       // [H, Np]
+  C* content;                        // [H, Np]
+  C* ring;                           // [H, Np + 2R] interpolated, unrolled
+  C* shifted;                        // [H, Np]
+  C* ratio_log;                      // [H, Np]
+  C* weights;                        // [H, Np]
+  C* row;                            // [Np]
+
+  void sizes(int64_t H, int64_t N, int64_t W, int64_t R_) {
+    similar.sizes(H, N, W, true);
+    R = R_;
+  }
+  void layout(Arena& a) {
+    similar.layout(a);
+    const int64_t H = similar.H, Np = similar.Np;
+    a.take(beta, H), a.take(gate, H), a.take(gamma, H), a.take(extreme, H);
+    a.take(shift, H * (2 * R + 1));
+    a.take(previous, H * Np), a.take(content, H * Np), a.take(shifted, H * Np), a.take(ratio_log, H * Np), a.take(weights, H * Np);
+    a.take(ring, H * ring_size<C>(Np, R));
+    a.take(row, ring_size<C>(Np, R));
+  }
+  // Keys, parameters and previous are in place.
+  template <class T> void forward(const T* memory, C* block) {
+    similar.forward(memory, nullptr, block);
+    const int64_t N = similar.N, Np = similar.Np;
+    if (N == 0) return;
+    for (int64_t h = 0; h < similar.H; h++) {
+      C *wc = content + h * Np, *rg = ring + h * ring_size<C>(Np, R), *ws = shifted + h * Np;
+      extreme[h] = softmax<C>(wc, similar.sim + h * Np, N, Np, beta[h], nullptr);
+      interpolate_row(row, wc, previous + h * Np, gate[h], Np);
+      unroll(rg, row, N, Np, R);
+      shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
+      sharpen_row(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
+    }
+  }
+  // dw [H, Np]: gradient of the weights in, of the similarities out. The other gradients are [H] and [H, 2R + 1]; dprevious [H, Np].
+  void backward(C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
+    constexpr int L = Lanes<C>::n;
+    const int64_t N = similar.N, Np = similar.Np, S = 2 * R + 1;
+    fill(dshift, similar.H * S, (C)0);
+    for (int64_t h = 0; h < similar.H; h++) {
+      C *d = dw + h * Np, *wc = content + h * Np, *pr = previous + h * Np, *dp = dprevious + h * Np;
+      if (N == 0) {
+        dbeta[h] = dgate[h] = dgamma[h] = 0;
+        continue;
+      }
+      dgamma[h] = sharpen_backward(d, weights + h * Np, ratio_log + h * Np, shifted + h * Np, gamma[h], Np);
+      unroll(row, d, N, Np, R);
+      shift_backward(d, dshift + h * S, row, ring + h * ring_size<C>(Np, R), shift + h * S, N, Np, R);
+      Total<C> t;
+      for (int64_t n = 0; n < Np; n += L) {
+        const Vec<C> x = load(d + n);
+        t.add(x * (load(wc + n) - load(pr + n)));
+        store(dp + n, x * (1 - gate[h]));
+        store(d + n, x * gate[h]);
+      }
+      dgate[h] = t.value();
+      dbeta[h] = softmax_backward(d, wc, similar.sim + h * Np, extreme[h], Np, beta[h]);
+    }
+  }
+};
+
+// [rows, n] storage to [rows, np] scratch with zero padding, and back.
+template <class T> MC_INLINE void widen_rows(Acc<T>* to, const T* from, int64_t rows, int64_t n, int64_t np) {
+  for (int64_t r = 0; r < rows; r++) {
+    widen(to + r * np, from + r * n, n);
+    fill(to + r * np + n, np - n, (Acc<T>)0);
+  }
+}
+template <class T> MC_INLINE void narrow_rows(T* to, const Acc<T>* from, int64_t rows, int64_t n, int64_t np) {
+  for (int64_t r = 0; r < rows; r++) narrow(to + r * n, from + r * np, n);
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore
