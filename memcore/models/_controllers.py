@@ -134,7 +134,8 @@ def make_controller(
     if isinstance(controller, nn.Module):
         for name in ("output_size", "initial_state"):
             if not hasattr(controller, name):
-                raise TypeError(f"memcore.{owner}: 'controller' must have an attribute {name!r}, {type(controller).__name__} has none")
+                kind = type(controller).__name__
+                raise TypeError(f"memcore.{owner}: 'controller' must have an attribute {name!r}, {kind} has none")
         expected = input_size + feedback_size
         found = getattr(controller, "input_size", expected)
         if found != expected:
@@ -144,7 +145,9 @@ def make_controller(
             )
         return UserController(controller)
     if controller not in ("lstm", "feedforward"):
-        raise ValueError(f"memcore.{owner}: 'controller' must be 'lstm', 'feedforward' or a torch.nn.Module, got {controller!r}")
+        raise ValueError(
+            f"memcore.{owner}: 'controller' must be 'lstm', 'feedforward' or a torch.nn.Module, got {controller!r}"
+        )
     _checks.whole(owner, "controller_size", size, 1)
     _checks.whole(owner, "controller_layers", layers, 1)
     if controller == "lstm":

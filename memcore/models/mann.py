@@ -69,7 +69,8 @@ class MANNCell(MemoryCell):
         one_of("MANN", "slots", slots, ("one", "n_shared", "per_head"))
         if slots != "one" and memory_slots < read_heads:
             raise ValueError(
-                f"memcore.MANN: 'memory_slots' must be at least read_heads = {read_heads} with slots={slots!r}, got {memory_slots}"
+                f"memcore.MANN: 'memory_slots' must be at least read_heads = {read_heads} with slots={slots!r}, "
+                f"got {memory_slots}"
             )
         factory = {"device": device, "dtype": dtype}
         self.input_size, self.memory_slots, self.slot_width = input_size, memory_slots, slot_width
@@ -135,7 +136,8 @@ class MANNCell(MemoryCell):
         weights = F.interpolate(previous, fresh, gate)
         if self.zero is not None:
             memory = memory.scatter(1, slots[:, :1, None].expand(-1, -1, self.slot_width), 0)
-        return torch.baddbmm(memory, weights.transpose(1, 2), key if word is None else word), weights
+        # Not baddbmm, which under autocast would round the memory itself.
+        return memory + torch.bmm(weights.transpose(1, 2), key if word is None else word), weights
 
     def watch(self, state: MANNState, extra: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         write_weights, words = extra

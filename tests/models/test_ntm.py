@@ -221,7 +221,9 @@ def test_trace_follows_the_forward_pass():
     x = torch.randn(5, 3, 4)
     output, state = model(x)
     trace = model.trace(x)
-    sizes = {"memory": (6, 3), "reads": (2, 3), "read_weights": (2, 6), "write_weights": (1, 6), "add": (1, 3), "erase": (1, 3), "output": (2,)}
+    sizes = {
+        "memory": (6, 3), "reads": (2, 3), "read_weights": (2, 6), "write_weights": (1, 6), "add": (1, 3), "erase": (1, 3), "output": (2,),
+    }
     assert {k: tuple(v.shape) for k, v in trace.items()} == {k: (5, 3, *v) for k, v in sizes.items()}
     assert not any(v.requires_grad for v in trace.values())
     assert torch.equal(trace["output"], output)
