@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._extras import require
 from ._files import damaged, find, missing
 
 __all__ = ["Vectors", "vectors", "words"]
@@ -37,7 +36,8 @@ def words(root: str | os.PathLike | None = None) -> list[str]:
     if path is None and root is None and system.exists():
         path = system
     if path is None:
-        missing("words", root, "words.txt[.xz|.gz], one string a line", "name any such file as 'root', or: apt-get install wamerican-huge")
+        remedy = "name any such file as 'root', or: apt-get install wamerican-huge"
+        missing("words", root, "words.txt[.xz|.gz], one string a line", remedy)
     try:
         with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as f:
             lines = f.read().split("\n")
@@ -60,7 +60,7 @@ class Vectors(NamedTuple):
 
 
 def vectors(name: str = "sift5k", root: str | os.PathLike | None = None) -> Vectors:
-    """A set of vectors: `NAME.npz`, `NAME.hdf5` (ann-benchmarks), or `NAME_base.fvecs` and its kin (TEXMEX).
+    """A set of vectors: `NAME.npz`, or `NAME_base.fvecs`, `NAME_query.fvecs`, `NAME_groundtruth.ivecs` (TEXMEX).
 
     Args:
         name: of the set, "sift5k" by default.
@@ -70,17 +70,14 @@ def vectors(name: str = "sift5k", root: str | os.PathLike | None = None) -> Vect
         DataNotFound: if there is no such file.
         DataDamaged: if it is unreadable, or its checksum differs (known for "sift5k").
     """
-    candidates = tuple(f"{d}{name}{end}" for d in ("", f"{name}/") for end in (".npz", ".hdf5", "_base.fvecs"))
+    candidates = tuple(f"{d}{name}{end}" for d in ("", f"{name}/") for end in (".npz", "_base.fvecs"))
     path = find(root, candidates)
     if path is None:
-        missing("vectors", root, ", ".join(candidates[:3]), "name the folder as 'root'")
+        missing("vectors", root, ", ".join(candidates[:2]), "name the folder as 'root'")
     try:
         if path.suffix == ".npz":
             with np.load(path) as z:
                 found = Vectors(z["base"], z["query"], z["neighbors"], z["sqdist"] if "sqdist" in z else None)
-        elif path.suffix == ".hdf5":
-            with require("h5py", extra="data").File(path, "r") as z:
-                found = Vectors(z["train"][:], z["test"][:], z["neighbors"][:], z["distances"][:] ** 2)
         else:
             stem = path.name.removesuffix("_base.fvecs")
             parts = [path, path.with_name(f"{stem}_query.fvecs"), path.with_name(f"{stem}_groundtruth.ivecs")]

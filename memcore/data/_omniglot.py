@@ -102,14 +102,12 @@ def _other_half(path: Path) -> Path:
 @functools.lru_cache(maxsize=2)
 def _resized(source: Path, mtime: int, size: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     bits, alphabet, names = _read(source)
-    filter_ = _triangle_filter(size).T  # [105, size]
+    filter_ = _triangle_filter(size)
     images = np.empty((CHARACTERS * DRAWINGS, size, size), np.uint8)
     step = 200  # all pixels at once would be 1.4 GB
     for i in range(0, len(images), step):
-        ink = np.unpackbits(bits[i : i + step], axis=1, count=SIDE * SIDE).astype(np.float32)
-        rows = (ink.reshape(-1, SIDE) @ filter_).reshape(-1, SIDE, size)
-        both = rows.transpose(0, 2, 1).reshape(-1, SIDE) @ filter_
-        images[i : i + step] = np.rint(both.reshape(-1, size, size).transpose(0, 2, 1) * 255)
+        ink = np.unpackbits(bits[i : i + step], axis=1, count=SIDE * SIDE).reshape(-1, SIDE, SIDE).astype(np.float32)
+        images[i : i + step] = np.rint(filter_ @ ink @ filter_.T * 255)
     images = images.reshape(CHARACTERS, DRAWINGS, size, size)
     for shared in (images, alphabet):
         shared.setflags(write=False)

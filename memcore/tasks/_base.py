@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 def known_options(owner: str, what: str, function: Callable, given: Iterable[str], skip: int = 0) -> None:
     """Raise ValueError unless every name in `given` is a parameter of `function` after the first `skip`."""
-    known = [n for n in list(inspect.signature(function).parameters)[skip:]]
+    known = list(inspect.signature(function).parameters)[skip:]
     for name in given:
         if name not in known:
             raise ValueError(f"memcore.{owner}: unknown {what} {name!r}; known: {', '.join(known) or 'none'}")

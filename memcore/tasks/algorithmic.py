@@ -308,7 +308,7 @@ class PrioritySort(BitTask):
 
 
 def small_priority_sort(**options: Any) -> PrioritySort:
-    """Priority sort reduced to what two CPU cores can train: 8 vectors of 6 bits, the 6 of highest priority; 4 heads, width 128."""
+    """Priority sort cut down to what two CPU cores can train: the 6 best of 8 vectors of 6 bits; 4 heads, width 128."""
     task = PrioritySort(**{"items": 8, "answers": 6, "bits": 6, **options})
     task.name = "priority-sort-small"
     task.defaults = _settings((4, 128, 1), (4, 128), 128, 3e-5, 3e-5)

@@ -1,4 +1,7 @@
-"""One-shot classification of Omniglot drawings (Santoro et al., "One-shot Learning with Memory-Augmented Neural Networks", 2016)."""
+"""New characters from one drawing each.
+
+Santoro, Bartunov, Botvinick, Wierstra, Lillicrap, "One-shot Learning with Memory-Augmented Neural Networks" (2016).
+"""
 
 import math
 import os
@@ -15,7 +18,7 @@ __all__ = ["OmniglotEpisodes"]
 
 _LETTERS, _PLACES = 5, 5  # a string label is five letters of {a..e}
 _STEPS = 100  # longest episode by default, that of the paper's 15 classes
-_FINER = 1.4  # drawings to turn and shift are stored finer by this factor: contrast after it equals that of the test images
+_FINER = 1.4  # what is turned and shifted is stored finer by this factor: it then has the contrast of the test images
 
 
 class OmniglotEpisodes(Task):
@@ -114,7 +117,7 @@ class OmniglotEpisodes(Task):
         if part not in ("train", "test"):
             raise ValueError(f"memcore.tasks.omniglot: 'part' must be 'train' or 'test', got {part!r}")
         augment = part == "train" and (self.rotations or self.shift > 0 or self.angle > 0)
-        bank = self._images(part, min(round(self.size * _FINER), 105) if augment else self.size)  # [characters, 20, side, side] uint8
+        bank = self._images(part, min(round(self.size * _FINER), 105) if augment else self.size)
         classes, shots, episodes = self.classes, self.shots, torch.arange(batch_size).unsqueeze(1)
         character = torch.rand(batch_size, len(bank), generator=generator).topk(classes).indices  # [B, C]
         drawing = torch.rand(batch_size, classes, 20, generator=generator).argsort(-1)[..., :shots]

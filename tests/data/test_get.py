@@ -110,7 +110,8 @@ def test_arguments_are_checked(cache, tmp_path, monkeypatch, capsys):
     assert data.main(["get", "imagenet"]) == 2 and data.main([]) == 2 and data.main(["--help"]) == 0
     capsys.readouterr()
     assert data.main(["get", "mnist", "--url", "ftp://x"]) == 2
-    assert capsys.readouterr().err == "memcore: error: memcore.data.get: 'url' must start with http:// or https://, got 'ftp://x'\n"
+    error = "memcore: error: memcore.data.get: 'url' must start with http:// or https://, got 'ftp://x'\n"
+    assert capsys.readouterr().err == error
     assert data.main(["list"]) == 0
     assert capsys.readouterr().out.startswith("omniglot: not found in ")
     (tmp_path / "file").touch()

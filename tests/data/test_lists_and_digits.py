@@ -113,5 +113,5 @@ def test_vectors_in_other_forms(tmp_path):
     (tmp_path / "tiny_base.fvecs").write_bytes(b"")
     with pytest.raises(data.DataDamaged):
         data.vectors("tiny", tmp_path)
-    with pytest.raises(data.DataNotFound, match="none.npz, none.hdf5, none_base.fvecs"):
+    with pytest.raises(data.DataNotFound, match="none.npz, none_base.fvecs"):
         data.vectors("none", tmp_path)
