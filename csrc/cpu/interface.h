@@ -1,0 +1,83 @@
+// The interface vector of one batch element: where each head's numbers lie, their activations and derivatives.
+#pragma once
+
+#include "addressing.h"
+
+namespace memcore {
+namespace MC_ISA {
+
+struct InterfaceLayout {
+  int64_t R, Hw, W, range;  // read heads, write heads, slot width, shift range
+  int64_t heads() const { return R + Hw; }
+  int64_t shifts() const { return 2 * range + 1; }
+  int64_t head_size() const { return W + 3 + shifts(); }
+  int64_t size() const { return heads() * head_size() + 2 * Hw * W; }
+  // Offset of head h: key, strength, gate, shift, gamma; write heads go on with erase, add.
+  int64_t head(int64_t h) const { return h < R ? h * head_size() : R * head_size() + (h - R) * (head_size() + 2 * W); }
+  int64_t strength(int64_t h) const { return head(h) + W; }
+  int64_t gate(int64_t h) const { return head(h) + W + 1; }
+  int64_t shift(int64_t h) const { return head(h) + W + 2; }
+  int64_t gamma(int64_t h) const { return head(h) + W + 2 + shifts(); }
+  int64_t erase(int64_t i) const { return head(R + i) + head_size(); }
+  int64_t add(int64_t i) const { return erase(i) + W; }
+};
+
+// The activated pieces: key [H, Wp], strength, gate, gamma [H], shift [H, S], erase, add [Hw, Wp]. Padding is 0.
+template <class C> struct Pieces {
+  C *key, *strength, *gate, *shift, *gamma, *erase, *add;
+
+  void layout(Arena& a, const InterfaceLayout& l) {
+    const int64_t H = l.heads(), Wp = padded<C>(l.W);
+    a.take(key, H * Wp), a.take(strength, H), a.take(gate, H), a.take(gamma, H), a.take(shift, H * l.shifts());
+    a.take(erase, l.Hw * Wp), a.take(add, l.Hw * Wp);
+  }
+};
+
+// x [I] in C.
+template <class C> inline void activate(const Pieces<C>& p, const C* x, const InterfaceLayout& l) {
+  constexpr int L = Lanes<C>::n;
+  const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W);
+  for (int64_t h = 0; h < l.heads(); h++) {
+    std::memcpy(p.key + h * Wp, x + l.head(h), (size_t)W * sizeof(C));
+    fill(p.key + h * Wp + W, Wp - W, (C)0);
+    p.strength[h] = softplus(x[l.strength(h)]);
+    p.gate[h] = sigmoid(x[l.gate(h)]);
+    p.gamma[h] = 1 + softplus(x[l.gamma(h)]);
+    const C* s = x + l.shift(h);
+    C top = s[0], total = 0;
+    for (int64_t j = 1; j < S; j++) top = s[j] > top || s[j] != s[j] ? s[j] : top;
+    for (int64_t j = 0; j < S; j++) total += p.shift[h * S + j] = exp1(s[j] - top);
+    for (int64_t j = 0; j < S; j++) p.shift[h * S + j] /= total;
+  }
+  for (int64_t i = 0; i < l.Hw; i++) {
+    for (int64_t w = 0; w < Wp; w += L) {
+      const int part = W - w < L ? (int)(W - w) : L;
+      const Vec<C> e = 1 / (1 + exp(-load_n(x + l.erase(i) + w, part)));
+      store(p.erase + i * Wp + w, first<C>(e, part));
+      store(p.add + i * Wp + w, load_n(x + l.add(i) + w, part));
+    }
+  }
+}
+
+// dx [I] from the gradients of the pieces, which lie like the pieces.
+template <class C> inline void activate_backward(C* dx, const C* x, const Pieces<C>& p, const Pieces<C>& d, const InterfaceLayout& l) {
+  const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W);
+  for (int64_t h = 0; h < l.heads(); h++) {
+    std::memcpy(dx + l.head(h), d.key + h * Wp, (size_t)W * sizeof(C));
+    dx[l.strength(h)] = d.strength[h] * sigmoid(x[l.strength(h)]);
+    dx[l.gate(h)] = d.gate[h] * p.gate[h] * (1 - p.gate[h]);
+    dx[l.gamma(h)] = d.gamma[h] * sigmoid(x[l.gamma(h)]);
+    C mean = 0;
+    for (int64_t j = 0; j < S; j++) mean += p.shift[h * S + j] * d.shift[h * S + j];
+    for (int64_t j = 0; j < S; j++) dx[l.shift(h) + j] = p.shift[h * S + j] * (d.shift[h * S + j] - mean);
+  }
+  for (int64_t i = 0; i < l.Hw; i++)
+    for (int64_t w = 0; w < W; w++) {
+      const C e = p.erase[i * Wp + w];
+      dx[l.erase(i) + w] = d.erase[i * Wp + w] * e * (1 - e);
+      dx[l.add(i) + w] = d.add[i * Wp + w];
+    }
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore

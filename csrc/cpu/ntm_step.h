@@ -1,0 +1,22 @@
+#pragma once
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace memcore {
+
+struct StepArgs {
+  DType dtype;
+  int64_t B, N, W, R, Hw, range;
+  bool write_first;
+  const void *memory, *interface, *previous;
+  void *written, *reads, *weights;
+  // backward; a null gradient is zero
+  const void *grad_written, *grad_reads, *grad_weights;
+  void *dmemory, *dinterface, *dprevious;
+};
+
+MC_DECLARE(void ntm_step_fwd(const StepArgs& a, int64_t begin, int64_t end);
+           void ntm_step_bwd(const StepArgs& a, int64_t begin, int64_t end);)
+
+}  // namespace memcore

@@ -1,0 +1,148 @@
+#include "ntm_step.h"
+
+#include "interface.h"
+
+namespace memcore {
+namespace MC_ISA {
+namespace {
+
+// One batch element's step. The backward keeps nothing of the forward but its inputs: it computes the addressing again.
+template <class T> struct Step {
+  typedef Acc<T> C;
+  static constexpr bool kDirect = __is_same(T, C);
+  static constexpr int L = Lanes<C>::n;
+
+  const StepArgs& a;
+  InterfaceLayout l;
+  Addressing<C> s;
+  Pieces<C> p, d;
+  int64_t H, I, Np, Wp, step;
+  C *x, *dx, *reads, *block, *next;
+  C *dw, *dprevious, *own, *key_own, *dreads, *grad, *found, *drows, *scratch;
+
+  explicit Step(const StepArgs& args) : a(args), l{args.R, args.Hw, args.W, args.range} {
+    H = l.heads(), I = l.size();
+    s.sizes(H, a.N, a.W, a.range);
+    Np = s.similar.Np, Wp = s.similar.Wp, step = block_rows<C>(a.W);
+  }
+  void layout(Arena& arena, bool backward) {
+    s.layout(arena);
+    p.layout(arena, l);
+    p.key = s.similar.key, p.strength = s.beta, p.gate = s.gate, p.shift = s.shift, p.gamma = s.gamma;
+    arena.take(x, I), arena.take(reads, a.R * Wp), arena.take(block, step * a.W), arena.take(next, step * a.W);
+    if (!backward) return;
+    d.layout(arena, l);
+    arena.take(dx, I), arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
+    arena.take(dreads, a.R * Wp), arena.take(grad, step * a.W), arena.take(found, a.R * step);
+    arena.take(drows, kDirect ? 0 : a.N * a.W), arena.take(scratch, (2 * a.Hw + 1) * L);
+  }
+
+  const T* memory(int64_t b) const { return (const T*)a.memory + b * a.N * a.W; }
+
+  void address(int64_t b) {
+    widen(x, (const T*)a.interface + b * I, I);
+    activate(p, x, l);
+    widen_rows(s.previous, (const T*)a.previous + b * H * a.N, H, a.N, Np);
+    s.forward(memory(b), block);
+  }
+
+  void forward(int64_t b) {
+    address(b);
+    narrow_rows((T*)a.weights + b * H * a.N, s.weights, H, a.N, Np);
+    fill(reads, a.R * Wp, (C)0);
+    for (int64_t n = 0; n < a.N; n += step) {
+      const int64_t rows = a.N - n < step ? a.N - n : step;
+      const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
+      T* to = (T*)a.written + (b * a.N + n) * a.W;
+      C* out = next;
+      if constexpr (kDirect) out = to;
+      if (!a.write_first) gather(m, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
+      erase_add(out, a.W, m, a.W, rows, a.W, s.weights + a.R * Np + n, Np, a.Hw, p.erase, p.add, Wp);
+      if (a.write_first) gather(out, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
+      if constexpr (!kDirect) narrow(to, out, rows * a.W);
+    }
+    narrow_rows((T*)a.reads + b * a.R * a.W, reads, a.R, a.W, Wp);
+  }
+
+  void backward(int64_t b) {
+    address(b);
+    if (a.grad_weights) widen_rows(dw, (const T*)a.grad_weights + b * H * a.N, H, a.N, Np);
+    else fill(dw, H * Np, (C)0);
+    const bool reading = a.grad_reads && a.R > 0;
+    if (reading) widen_rows(dreads, (const T*)a.grad_reads + b * a.R * a.W, a.R, a.W, Wp);
+    fill(d.erase, a.Hw * Wp, (C)0), fill(d.add, a.Hw * Wp, (C)0), fill(d.key, H * Wp, (C)0);
+    T* dmemory = (T*)a.dmemory + b * a.N * a.W;
+    const C *wr = s.weights, *ww = s.weights + a.R * Np;
+    C *dwr = dw, *dww = dw + a.R * Np;
+    // The memory's gradient grows over two passes: where storage is narrower, in scratch.
+    C* dm_all = drows;
+    if constexpr (kDirect) dm_all = dmemory;
+
+    // Write and reads: dmemory leaves this pass without the addressing's share.
+    for (int64_t n = 0; n < a.N; n += step) {
+      const int64_t rows = a.N - n < step ? a.N - n : step;
+      const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
+      C* dm = dm_all + n * a.W;
+      const C* g = nullptr;
+      if (a.grad_written) g = widened((const T*)a.grad_written + (b * a.N + n) * a.W, rows * a.W, grad);
+      if (reading) {
+        const C* seen = m;
+        if (a.write_first && a.Hw > 0) {
+          erase_add(next, a.W, m, a.W, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp);
+          seen = next;
+        }
+        dots(seen, a.W, rows, a.W, dreads, Wp, a.R, found, step, (C*)nullptr);
+        for (int64_t r = 0; r < a.R; r++)
+          for (int64_t i = 0; i < rows; i++) dwr[r * Np + n + i] += found[r * step + i];
+        if (a.write_first) {
+          scatter(dm, a.W, g, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
+          g = dm;
+        }
+      }
+      if (!g) {
+        fill(dm, rows * a.W, (C)0);
+        g = dm;
+      }
+      if (a.Hw > 0)
+        erase_add_backward(
+            dm, a.W, g, a.W, m, a.W, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp, dww + n, Np, d.erase, d.add, scratch);
+      else if (g != dm) std::memcpy(dm, g, (size_t)(rows * a.W) * sizeof(C));
+      if (reading && !a.write_first) scatter(dm, a.W, dm, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
+    }
+
+    s.backward(dw, d.strength, d.gate, d.shift, d.gamma, dprevious);
+    s.similar.backward(dw, own, key_own);
+    for (int64_t n = 0; n < a.N; n += step) {
+      const int64_t rows = a.N - n < step ? a.N - n : step;
+      const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
+      C* dm = dm_all + n * a.W;
+      similarity_rows<T>(s.similar, m, n, rows, dm, dm, dw, own, d.key);
+      if constexpr (!kDirect) narrow(dmemory + n * a.W, dm, rows * a.W);
+    }
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t w = 0; w < a.W; w++) d.key[h * Wp + w] -= key_own[h] * p.key[h * Wp + w];
+    activate_backward(dx, x, p, d, l);
+    narrow((T*)a.dinterface + b * I, dx, I);
+    narrow_rows((T*)a.dprevious + b * H * a.N, dprevious, H, a.N, Np);
+  }
+};
+
+}  // namespace
+
+void ntm_step_fwd(const StepArgs& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto t) {
+    Step<decltype(t)> s(a);
+    Arena arena([&](Arena& x) { s.layout(x, false); });
+    for (int64_t b = begin; b < end; b++) s.forward(b);
+  });
+}
+void ntm_step_bwd(const StepArgs& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto t) {
+    Step<decltype(t)> s(a);
+    Arena arena([&](Arena& x) { s.layout(x, true); });
+    for (int64_t b = begin; b < end; b++) s.backward(b);
+  });
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore
