@@ -1,0 +1,141 @@
+"""`memcore bench`: measure memcore against eager PyTorch and torch.compile on this machine."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+SUITES = ("roofline", "ops", "step", "train")
+EPILOG = """what runs:
+  roofline  read bandwidth of L2, L3, DRAM; float32 matrix products; one aten call (half a minute)
+  ops       every operator at three sizes, forward and forward + backward
+  step      ntm_step chained from Python, forward and backward through time, at three sizes; the cost of a call
+  train     a whole training step of an NTM on copy, batch 1, 16, 64, Adam included
+  table     Markdown tables of the newest rows          plot      figures of the newest rows
+
+variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); naive (as commonly written, context only).
+Every variant is first checked against memcore.reference: nothing wrong is timed. One process, variants interleaved round by round,
+CPU seconds at one thread, wall seconds at more. Rows are appended to rows.csv and rows.jsonl in --out. Gates hold at one thread.
+
+examples:
+  memcore bench ops step train            everything, ten to twelve minutes on two quiet cores
+  memcore bench ops --op read --op sharpen --no-compile
+  memcore bench step --size small --quick
+  memcore bench step --base HEAD~3        the same with an earlier revision beside it (checkout only)"""
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
+
+
+_counts.__name__ = "comma-separated numbers"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .cases import CASES
+
+    parser = argparse.ArgumentParser(
+        prog="memcore bench", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; or table; or plot (default: ops with --op)")
+    parser.add_argument("--op", action="append", default=[], choices=tuple(CASES), metavar="OP", help=f"only this operator; repeatable: {', '.join(CASES)}")
+    parser.add_argument("--size", action="append", choices=("small", "mid", "large"), help="only this size of ops and step; repeatable")
+    parser.add_argument("--batch", type=_counts, default=(1, 16, 64), metavar="1,16,64", help="batch sizes of train")
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32", help="of ops (default: float32)")
+    parser.add_argument("--threads", type=_counts, default=(1, 2), metavar="1,2", help="thread counts (default: 1,2)")
+    parser.add_argument("--seed", type=int, default=0, help="of all inputs")
+    parser.add_argument("--time", type=float, default=1.0, metavar="X", help="measure X times as long (default: 1)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-naive", action="store_true", help="leave the commonly written form out")
+    parser.add_argument("--quick", action="store_true", help="a few rounds at the least sizes: does it run? Nothing is kept without --out")
+    parser.add_argument("--device", default="cpu", help="cpu; others are not measured yet")
+    parser.add_argument("--out", metavar="DIR", help="folder of the rows (default: bench/results of a checkout, else ./bench-results)")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--plot", action="store_true", help="draw the figures afterwards")
+    parser.add_argument("--base", metavar="REF", help="measure this git revision too, in a work tree of its own, and print the ratios")
+    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the tables on stderr")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    suites = args.suites or (["ops"] if args.op else [])
+    known = (*SUITES, "table", "plot")
+    for name in suites:
+        if name not in known:
+            raise ValueError(f"memcore bench: 'SUITE' must be one of {', '.join(known)}, got {name!r}")
+    if args.device != "cpu":
+        raise ValueError(f"memcore bench: '--device' must be cpu (nothing is measured on GPUs yet), got {args.device!r}")
+    for name, values in (("--threads", args.threads), ("--batch", args.batch)):
+        if not values or min(values) < 1:
+            raise ValueError(f"memcore bench: {name!r} must be numbers >= 1, got {values}")
+    if not args.time > 0:
+        raise ValueError(f"memcore bench: '--time' must be > 0, got {args.time}")
+    return suites
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `memcore bench`; returns the exit code.
+
+    Raises:
+        ValueError, OSError: for arguments or folders that cannot be used.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    suites = _check(args)
+    if not suites:
+        parser.print_help()
+        return 2
+
+    import torch
+
+    from . import rows, runner
+
+    folder = args.out or rows.default_folder()
+    measured = [s for s in suites if s in SUITES]
+    if measured:
+        variants = ["memcore", "eager"] + ["compile"] * (not args.no_compile) + ["naive"] * (not args.no_naive)
+        run = runner.Run(
+            threads=args.threads,
+            variants=tuple(variants),
+            only=tuple(args.op),
+            sizes=tuple(args.size or (("small",) if args.quick else ("small", "mid", "large"))),
+            batches=args.batch[:1] if args.quick else args.batch,
+            dtype=getattr(torch, args.dtype),
+            seed=args.seed,
+            scale=args.time,
+            quick=args.quick,
+        )
+        keep = not args.no_save and (not args.quick or args.out is not None)
+        for suite in measured:
+            before = len(run.rows)
+            getattr(runner, suite)(run)
+            if keep:  # suite by suite: an interrupted run keeps what it has
+                rows.append(run.rows[before:], folder)
+        print(rows.text(run.rows), file=sys.stderr if args.json else sys.stdout)
+        if args.json:
+            print(json.dumps(run.rows, indent=1))
+        if args.base is not None:
+            from .base import compare
+
+            print(compare(args.base, argv, run.rows), file=sys.stderr if args.json else sys.stdout)
+    if "table" in suites:
+        print(rows.markdown(rows.read(folder)))
+    if "plot" in suites or args.plot:
+        from .plots import draw
+
+        for path in draw(folder):
+            print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
+        if not str(e).startswith("memcore") and not isinstance(e, (ValueError, OSError)):
+            raise
+        print(f"memcore: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,221 @@
+"""Measuring: interleaved timing, memory kept for the backward, aten calls, allocator and machine."""
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import _backend
+
+__all__ = [
+    "Timing",
+    "aten_calls",
+    "compiled",
+    "fresh_compiler",
+    "interleave",
+    "machine",
+    "saved_bytes",
+    "threads",
+    "tune_allocator",
+]
+
+SAMPLE_SECONDS = 2e-3  # a sample repeats a call until it takes this long
+CONTEXT = "naive"  # shown as context only: timed in every fourth round
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, one entry a round."""
+
+    samples: tuple[float, ...]
+
+    def quantile(self, q: float) -> float:
+        """Linear interpolation between order statistics."""
+        ordered = sorted(self.samples)
+        at = q * (len(ordered) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]], *, wall: bool, seconds: float, least: int = 7, most: int = 60
+) -> dict[str, Timing]:
+    """Time the variants in turn, round after round, so that whatever else the machine does hits all alike.
+
+    Args:
+        variants: name -> a call.
+        wall: wall clock (several threads), else CPU seconds of the process (one thread).
+        seconds: about how long all rounds may take; `least` and `most` bound their number.
+    """
+    clock = time.perf_counter if wall else time.process_time
+    calls = {}
+    for name, call in variants.items():
+        call()
+        call()
+        start = time.perf_counter()
+        call()
+        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
+        start = time.perf_counter()
+        for _ in range(calls[name]):
+            call()
+        seconds_each = (time.perf_counter() - start) / calls[name]
+        calls[name] = (max(1, math.ceil(SAMPLE_SECONDS / max(seconds_each, 1e-7))), seconds_each)
+    a_round = sum(n * each * (0.25 if name == CONTEXT else 1) for name, (n, each) in calls.items())
+    rounds = max(least, min(most, int(seconds / a_round)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                if name == CONTEXT and i % 4:
+                    continue
+                call, n = variants[name], calls[name][0]
+                start = clock()
+                for _ in range(n):
+                    call()
+                samples[name].append((clock() - start) / n)
+    finally:
+        gc.enable()
+    return {name: Timing(tuple(s)) for name, s in samples.items()}
+
+
+def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps alive for the backward of `forward()`: every storage once, those of `exclude` not at all."""
+    seen = {t.untyped_storage()._cdata for t in exclude}
+    kept: list[Tensor] = []
+    total = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal total
+        kept.append(t)  # alive until counted, so that no storage's address is used twice
+        storage = t.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            total += storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    del result
+    return total
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def aten_calls(call: Callable[[], object]) -> int:
+    """Operators that `call()` sends through the dispatcher, forward, backward and optimizer; a memcore operator is one."""
+    with _Calls() as mode:
+        call()
+    return mode.count
+
+
+def fresh_compiler() -> None:
+    """Forget what torch.compile has made: dynamo gives up after a few shapes of one function."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.cache_size_limit = 64
+    torch._inductor.config.compile_threads = 1  # no idle pool of workers beside the measurements
+
+
+def compiled(function: Callable, try_it: Callable[[Callable], object], *, fullgraph: bool = True) -> tuple[Callable | None, str]:
+    """`function` under torch.compile, tried once; (None, why not) where inductor cannot work here."""
+    fast = torch.compile(function, dynamic=False, fullgraph=fullgraph)
+    try:
+        try_it(fast)
+    except Exception as e:  # whatever a missing or broken C++ compiler leads to
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        return None, f"torch.compile does not work here: {reason[:200]}"
+    return fast, ""
+
+
+def tune_allocator() -> str:
+    """Let malloc keep big blocks instead of mapping and trimming them at each call, for every variant alike; says what it did."""
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        return "THP_MEM_ALLOC_ENABLE=1"
+    if not sys.platform.startswith("linux"):
+        return "default"
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return "default"
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+    # M_MMAP_THRESHOLD ends at 32 MiB, just below the largest memory: no mapping at all instead.
+    done = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, 64 << 20)
+    return "malloc without mmap and trim" if done else "default"
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../kernels", "../memcore", ".", ":!results")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def machine() -> dict[str, object]:
+    """What every row says about where it was measured; a commit with "+" has uncommitted changes."""
+    info = _backend.describe()
+    return {
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "backend": "native" if info["native"] and info["requested"] in ("auto", "native") else "reference",
+        "isa": info["cpu_isa"] or "",
+        "device": "cpu",
+    }

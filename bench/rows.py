@@ -1,0 +1,200 @@
+"""Rows of measurements: written as CSV and JSON lines, read back, printed as tables."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FIELDS", "append", "default_folder", "markdown", "newest", "read", "text"]
+
+FIELDS = (
+    "commit", "date", "cpu", "cores", "torch", "backend", "isa", "device", "allocator", "threads", "clock",
+    "suite", "op", "shape", "dtype", "pass", "variant", "rounds", "ms_median", "p20", "p80", "min", "max",
+    "GB/s", "GFLOP/s", "saved_bytes", "saved_memories", "aten_calls", "ratio_vs_eager", "ratio_vs_compile", "gate", "passed",
+)  # fmt: skip
+_INTS = {"cores", "threads", "rounds", "saved_bytes", "aten_calls"}
+_NUMBERS = {
+    "ms_median", "p20", "p80", "min", "max", "GB/s", "GFLOP/s", "saved_memories", "ratio_vs_eager", "ratio_vs_compile",
+}  # fmt: skip
+_KEY = ("suite", "op", "shape", "dtype", "pass", "threads", "variant", "device")
+CSV, JSONL = "rows.csv", "rows.jsonl"
+
+
+def default_folder() -> Path:
+    """`bench/results` of a checkout, else `bench-results` in the working folder."""
+    here = Path(__file__).resolve().parent
+    return here / "results" if (here.parent / "pyproject.toml").exists() else Path("bench-results")
+
+
+def _plain(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def append(rows: Iterable[dict[str, Any]], folder: str | Path) -> Path:
+    """Append to `rows.csv` and `rows.jsonl` in `folder`; returns the CSV's path.
+
+    Raises:
+        ValueError: the CSV there has other columns, or a row has an unknown one.
+    """
+    rows = [{name: _plain(row.get(name)) for name in FIELDS} if not set(row) - set(FIELDS) else row for row in rows]
+    for row in rows:
+        if tuple(row) != FIELDS:
+            raise ValueError(f"memcore bench: a row must have the columns {', '.join(FIELDS)}, got {', '.join(row)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CSV
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as f:
+            header = tuple(next(csv.reader(f), ()))
+        if header != FIELDS:
+            raise ValueError(f"memcore bench: {str(path)!r} must have the columns of this version, got {', '.join(header) or 'nothing'}")
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    with (folder / JSONL).open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def _value(name: str, cell: str) -> Any:
+    if cell == "":
+        return None
+    if name in _INTS:
+        return int(cell)
+    if name in _NUMBERS:
+        return float(cell)
+    return cell == "True" if name == "passed" else cell
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """All rows of `rows.csv` in `folder`, oldest first; FileNotFoundError in words if there is none."""
+    path = Path(folder) / CSV
+    if not path.exists():
+        raise FileNotFoundError(f"memcore bench: no measurements in {str(path)!r}; make them with: memcore bench ops step train")
+    with path.open(newline="") as f:
+        return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(f)]
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of each measurement."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        found.pop(key := tuple(row[k] for k in _KEY), None)
+        found[key] = row
+    return list(found.values())
+
+
+def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in _KEY if k != "variant"), {})[row["variant"]] = row
+    return groups
+
+
+def _ms(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['ms_median']:.3g}"
+
+
+def _times(x: float | None) -> str:
+    return "" if x is None else f"{x:.1f}x"
+
+
+_HEADS = {
+    "ops": "operator, (B,H,N,W)",
+    "step": "`ntm_step` chained, (B,read/write heads,N,W)",
+    "train": "training step",
+    "calls": "call",
+}
+
+
+def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of one suite's table; columns nobody fills are left out."""
+    head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "as commonly written, ms", "no memory work, ms",
+            "vs eager", "vs compile", "saved, memories a step (eager)", "aten calls (eager)", "GB/s", "gate", "met"]  # fmt: skip
+    lines = []
+    for group in _grouped([r for r in rows if r["suite"] == suite]).values():
+        ours = group.get("memcore") or next(iter(group.values()))
+        theirs = group.get("eager")
+
+        def pair(name: str, form: str) -> str:
+            if ours[name] is None:
+                return ""
+            other = "" if theirs is None or theirs is ours or theirs[name] is None else f" ({theirs[name]:{form}})"
+            return f"{ours[name]:{form}}{other}"
+
+        dtype = "" if ours["dtype"] == "float32" else f" {ours['dtype']}"
+        lines.append([
+            f"{ours['op']} {ours['shape']}{dtype}", ours["pass"], str(ours["threads"]),
+            _ms(group.get("memcore")), _ms(theirs), _ms(group.get("compile")), _ms(group.get("naive")), _ms(group.get("floor")),
+            _times(ours["ratio_vs_eager"]) if "memcore" in group else "", _times(ours["ratio_vs_compile"]) if "memcore" in group else "",
+            pair("saved_memories", ".2f"), pair("aten_calls", ",") if suite == "train" else "",
+            "" if ours["GB/s"] is None else f"{ours['GB/s']:.1f}",
+            ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",
+        ])  # fmt: skip
+    used = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    return [head[i] for i in used], [[line[i] for i in used] for line in lines]
+
+
+def _stamp(rows: Sequence[dict[str, Any]]) -> str:
+    def seen(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(r[name]) for r in rows if r[name] not in (None, "")))
+
+    return (
+        f"{seen('cpu')}, {rows[-1]['cores']} cores; torch {seen('torch')}; memcore {seen('commit')}, backend {seen('backend')} "
+        f"{seen('isa')}; {seen('date')}. CPU time at one thread, wall time at two, medians of interleaved rounds; {seen('allocator')} "
+        "for every variant."
+    )
+
+
+def _suites(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [s for s in _HEADS if any(r["suite"] == s for r in rows)]
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's tables from the newest rows of each measurement."""
+    rows = newest(rows)
+    out = []
+    for suite in _suites(rows):
+        head, lines = _lines(rows, suite)
+        out += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        out += ["| " + " | ".join(line) + " |" for line in lines]
+        out += ["", _stamp([r for r in rows if r["suite"] == suite]), ""]
+    roof = [r for r in rows if r["suite"] == "roofline"]
+    if roof:
+        count = sorted({r["threads"] for r in roof})
+        out += ["| limit | " + " | ".join(f"{n} thread(s)" for n in count) + " |", "|" + " --- |" * (len(count) + 1)]
+        for name in dict.fromkeys((r["op"], r["pass"]) for r in roof):
+            by = {r["threads"]: r for r in roof if (r["op"], r["pass"]) == name}
+            out.append(f"| {roof_label(by[min(by)])} | " + " | ".join(roof_value(by[n]) if n in by else "" for n in count) + " |")
+        out += ["", _stamp(roof), ""]
+    return "\n".join(out)
+
+
+def roof_label(row: dict[str, Any]) -> str:
+    return f"{row['op']}, {row['pass']} {row['shape']}".rstrip()
+
+
+def roof_value(row: dict[str, Any]) -> str:
+    if row["GB/s"] is not None:
+        return f"{row['GB/s']:.1f} GB/s"
+    return f"{row['GFLOP/s']:.0f} GFLOP/s" if row["GFLOP/s"] is not None else f"{1e3 * row['ms_median']:.2f} us"
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    """The same tables, aligned for a terminal, and how many gates are met."""
+    out = []
+    for suite in _suites(rows):
+        head, lines = _lines(rows, suite)
+        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        for line in [head, *lines]:
+            out.append("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip())
+        out.append("")
+    out += [f"{roof_label(r)}, {r['threads']} thread(s): {roof_value(r)}" for r in rows if r["suite"] == "roofline"]
+    judged = [r for r in rows if r["passed"] is not None]
+    if judged:
+        out.append(f"gates met: {sum(r['passed'] for r in judged)} of {len(judged)}")
+    return "\n".join(out)
