@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -58,9 +57,7 @@ def damaged(name: str, path: Path, why: str) -> NoReturn:
 def written(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well and is removed when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         with part.open("rb+") as f:
