@@ -114,11 +114,14 @@ def curve(
     """
     names = _names(runs)
     groups: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+    unit = ""
     for folder, name in zip(runs, names, strict=True):
         rows = _rows(folder)
         rows = [_columns(row) for row in rows]
         if metric not in rows[0]:
             raise ValueError(f"memcore.plots.curve: 'metric' must be one of {', '.join(rows[0])}, got {metric!r}")
+        if metric.endswith("loss"):
+            unit = next((f", {u} per sequence" for u in ("bits", "nats") if u in rows[0]), "")
         groups.setdefault(name, []).append(tuple(np.array([r[k] for r in rows], dtype=float) for k in (x, metric)))
     figure = _figure(7, 4.2)
     axes = figure.subplots()
@@ -133,35 +136,55 @@ def curve(
         (line,) = axes.plot(at, np.median(values, 0), label=label, linewidth=1.6)
         if len(series) > 1:
             axes.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-    if log:
-        axes.set_yscale("symlog", linthresh=1e-3)
+    drawn = np.concatenate([ys for series in groups.values() for _, ys in series])
+    if log and drawn.min() <= 0:  # zeros sit on the axis
+        axes.set_yscale("symlog", linthresh=drawn[drawn > 0].min(initial=1.0))
         axes.set_ylim(bottom=0)
+    elif log:
+        axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.set_xlim(left=0)
     axes.set_xlabel(LABELS.get(x, x))
-    axes.set_ylabel(LABELS.get(metric, metric))
+    axes.set_ylabel(LABELS.get(metric, metric) + unit)
     axes.set_title(", ".join(sorted(tasks)))
     axes.legend()
     axes.grid(alpha=0.3)
     return _save(figure, out)
 
 
-def _used(weights: np.ndarray) -> slice:
-    """The slots [.., N] that ever get a tenth of the attention, with a margin; all of them if the focus is never sharp."""
-    slots = np.flatnonzero(weights.reshape(-1, weights.shape[-1]).max(0) > 0.1)
-    if not len(slots):
-        return slice(0, weights.shape[-1])
-    return slice(max(0, slots[0] - 3), min(weights.shape[-1], slots[-1] + 4))
+def _used(weights: np.ndarray) -> np.ndarray:
+    """The slots, of weights [.., N], that ever get a tenth of the attention, with a margin, as one stretch of the ring.
+
+    All of them if the focus is never sharp.
+    """
+    n = weights.shape[-1]
+    busy = np.flatnonzero(weights.reshape(-1, n).max(0) > 0.1)
+    if not len(busy):
+        return np.arange(n)
+    gaps = np.diff(np.append(busy, busy[0] + n))
+    last = len(gaps) - 1 - gaps[::-1].argmax()  # the stretch ends before the widest gap
+    first, count = busy[(last + 1) % len(busy)], n - gaps[last] + 1
+    margin = min(2, (n - count) // 2)
+    return (first - margin + np.arange(count + 2 * margin)) % n
 
 
-def _image(axes: Any, data: np.ndarray, title: str, label: str, first: int = 0, **how: Any) -> None:
-    """[T, rows] with time to the right."""
-    extent = (-0.5, data.shape[0] - 0.5, first + data.shape[1] - 0.5, first - 0.5)
-    axes.imshow(data.T, aspect="auto", interpolation="nearest", extent=extent, **how)
+def _image(axes: Any, data: np.ndarray, title: str, label: str, slots: np.ndarray | None = None, **how: Any) -> None:
+    """[T, rows] with time to the right; `slots` names the rows."""
+    ticker = require("matplotlib.ticker", extra="train")
+    axes.imshow(data.T, aspect="auto", interpolation="nearest", **how)
     axes.set_title(title, fontsize=9)
     axes.set_ylabel(label, fontsize=8)
     axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    if slots is not None:
+        _name_ticks(axes.yaxis, slots)
+
+
+def _name_ticks(axis: Any, slots: np.ndarray) -> None:
+    ticker = require("matplotlib.ticker", extra="train")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: str(slots[int(v)]) if 0 <= v < len(slots) else ""))
 
 
 def _stack(x: np.ndarray) -> np.ndarray:
@@ -198,8 +221,10 @@ def memory_figure(model: Any, task: Any, batch: Any) -> Any:
     grey = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
     _image(figure.add_subplot(grid[0, 0]), batch.input[:length, 0].numpy(), "inputs", "channel", cmap="gray_r")
     halves = grid[0, 1].subgridspec(2, 1, hspace=0.1)
-    _image(figure.add_subplot(halves[0]), target.numpy(), "target (above), output (below)", "target", **(grey if bits else {}))
-    _image(figure.add_subplot(halves[1]), answer.numpy(), "", "output", **grey)
+    above, below = figure.add_subplot(halves[0]), figure.add_subplot(halves[1])
+    _image(above, target.numpy(), "target (above), output (below)", "target", **(grey if bits else {}))
+    above.tick_params(labelbottom=False)
+    _image(below, answer.numpy(), "", "output", **grey)
     for column, key, title in ((0, "add", "add vectors"), (1, "reads", "read vectors")):
         if key in trace:
             _image(figure.add_subplot(grid[1, column]), _stack(trace[key]), title, "component", cmap="viridis")
@@ -208,11 +233,12 @@ def memory_figure(model: Any, task: Any, batch: Any) -> Any:
         heads = trace[key].shape[1]
         axes = figure.add_subplot(grid[2, column])
         label = "slot" if heads == 1 else f"slots in use, {heads} heads"
-        _image(axes, _stack(trace[key][:, :, used]), title, label, used.start if heads == 1 else 0, cmap="magma", vmin=0, vmax=1)
+        _image(axes, _stack(trace[key][:, :, used]), title, label, used if heads == 1 else None, cmap="magma", vmin=0, vmax=1)
         axes.set_xlabel("time step", fontsize=8)
     axes = figure.add_subplot(grid[3, :])
     _image(axes, trace["memory"][-1][used], "memory at the end (slots in use)", "component", cmap="viridis")
-    axes.set_xlabel("slot" + (f" - {used.start}" if used.start else ""), fontsize=8)
+    _name_ticks(axes.xaxis, used)
+    axes.set_xlabel("slot", fontsize=8)
     return figure
 
 
@@ -255,6 +281,8 @@ def accuracy(runs: Sequence[PathLike], out: PathLike | None = None, *, sequences
         (line,) = axes.plot(at, np.median(values, 0), marker="o", label=label)
         if len(found) > 1:
             axes.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.axhline(100 * task.chance, color="grey", linestyle=":", linewidth=1, label="chance")
+    axes.plot([1], [100 * task.first_instance_ceiling], "_", color="grey", markersize=14, label="most without a leak")
     axes.set_ylim(0, 100)
     axes.set_xticks(at)
     axes.set_xlabel("instance of the class in the episode")
