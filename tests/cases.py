@@ -38,7 +38,7 @@ class Sample:
     twist: Callable[[Inputs], None] | None = None
 
     def resized(self, **sizes: int) -> Sample:
-        return replace(self, sizes={**self.sizes, **sizes}, twist=None)
+        return replace(self, sizes={**self.sizes, **sizes})
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,13 +39,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _house():
-    """Fixed seed, one thread, NaN in every fresh tensor (native kernels allocate through aten too), no leftovers after."""
+    """Fixed seed, one thread, NaN in every fresh tensor: native kernels allocate through aten too."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    if not torch.are_deterministic_algorithms_enabled():  # setting it is slow
+        torch.use_deterministic_algorithms(True)
 
 
 def _paths() -> list[str]:
