@@ -161,15 +161,22 @@ def build_library() -> Path:
     return library
 
 
+def tell(reason: str) -> None:
+    print(f"memcore: building without the native library: {reason}", file=sys.stderr)
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         try:
             library = build_library()
-        except CompileError:
+        except CompileError as e:
             for old in (target, ROOT / "memcore" / target.name):  # rather none than one that does not fit
                 old.unlink(missing_ok=True)
-            raise
+            if NATIVE == "1":
+                raise
+            tell(str(e))
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(library), str(target))
 
@@ -180,7 +187,7 @@ reason = why_not_native()
 if reason and NATIVE == "1":
     sys.exit(f"memcore: the native library cannot be built: {reason}")
 if reason and NATIVE == "auto":
-    print(f"memcore: building without the native library: {reason}", file=sys.stderr)
+    tell(reason)
 
 setup(
     packages=[
