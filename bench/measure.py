@@ -150,10 +150,10 @@ def aten_calls(call: Callable[[], object]) -> int:
 
 def fresh_compiler() -> None:
     """Forget what torch.compile has made: dynamo gives up after a few shapes of one function."""
+    import torch._dynamo
+
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.cache_size_limit = 64
-    torch._inductor.config.compile_threads = 1  # no idle pool of workers beside the measurements
 
 
 def compiled(function: Callable, try_it: Callable[[Callable], object], *, fullgraph: bool = True) -> tuple[Callable | None, str]:

@@ -1,0 +1,243 @@
+"""The benchmarks measure the right thing: baselines agree with the reference, counters count, rows and tables are sound."""
+
+import json
+
+import pytest
+import torch
+
+import memcore
+from memcore.bench import baselines, cases, measure, rows, runner
+from memcore.bench.__main__ import main
+from memcore.bench.cases import CASES, SHAPES, STEPS, Gate, Shape
+from memcore.bench.measure import Timing
+
+
+@pytest.mark.parametrize("variant", ["eager", "naive"])
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("shape", [SHAPES["tiny"], Shape(2, 1, 63, 20)], ids=str)
+def test_a_baseline_equals_the_reference_with_its_gradients(op, shape, variant):
+    function = CASES[op].baseline(variant)
+    if function is None:
+        assert (op, variant) == ("split_interface", "naive")
+        return
+    cases.check(CASES[op], shape, variant, function, CASES[op].inputs(shape, seed=3))
+
+
+def test_every_public_operator_is_measured():
+    public = {name for name in memcore.functional.__all__ if name.islower() and not name.endswith("_")}
+    assert public == {*CASES, "ntm_step"}
+
+
+@pytest.mark.parametrize("op", ["read", "lrua_write"])
+def test_a_wrong_result_is_never_timed(op):
+    case, shape = CASES[op], SHAPES["tiny"]
+    right = case.baseline("eager")
+
+    def wrong(*xs):
+        y = right(*xs)
+        return y * 1.01 if isinstance(y, torch.Tensor) else (y[0] * 1.01, y[1])
+
+    with pytest.raises(RuntimeError, match=f"output 0 of eager {op} .* differs from memcore.reference by 0.01; nothing is timed"):
+        cases.check(case, shape, "eager", wrong, case.inputs(shape))
+
+
+def test_a_wrong_gradient_is_never_timed():
+    case, shape = CASES["read"], SHAPES["tiny"]
+    with pytest.raises(RuntimeError, match="gradient 1 of eager read"):
+        cases.check(case, shape, "eager", lambda m, w: m.mT.matmul(w.detach().mT).mT + 0 * w.sum(), case.inputs(shape))
+
+
+def test_the_large_check_looks_at_the_first_and_the_last_items(monkeypatch):
+    monkeypatch.setattr(cases, "WHOLE", 0)
+    case, shape = CASES["interpolate"], Shape(6, 1, 4, 3)
+    right = case.baseline("eager")
+    cases.check(case, shape, "eager", right, case.inputs(shape))
+
+    def wrong_at(item):
+        def f(*xs):
+            y = right(*xs)
+            return torch.cat([y[:item], 2 * y[item : item + 1], y[item + 1 :]])
+
+        return f
+
+    cases.check(case, shape, "eager", wrong_at(2), case.inputs(shape))
+    for item in (0, 1, 4, 5):
+        with pytest.raises(RuntimeError, match="output 0"):
+            cases.check(case, shape, "eager", wrong_at(item), case.inputs(shape))
+
+
+def test_interface_order_moves_every_piece_to_its_place():
+    W, R, Hw = 4, 2, 1
+    raw = torch.randn(3, 3 * (W + 6) + Hw * 2 * W)
+    x = memcore.reference.split_interface(raw, read_heads=R, write_heads=Hw)
+    mine = raw[:, baselines.interface_order(W, R, Hw)]
+    assert torch.equal(mine[:, :12].view(3, 3, 4), x.key)
+    torch.testing.assert_close(torch.nn.functional.softplus(mine[:, 12:18]), torch.cat((x.strength, x.gamma - 1), 1))
+    torch.testing.assert_close(torch.sigmoid(mine[:, 18:25]), torch.cat((x.gate, x.erase.flatten(1)), 1))
+    assert torch.equal(mine[:, 25:29].view(3, 1, 4), x.add)
+    torch.testing.assert_close(mine[:, 29:].view(3, 3, 3).softmax(2), x.shift)
+
+
+def test_step_baselines_equal_the_reference_through_time():
+    # step_variants compares outputs and gradients with float64, and raises if they differ.
+    made = runner.step_variants(STEPS["tiny"], ["memcore", "eager", "naive"])
+    assert set(made) == {"memcore", "eager", "naive"}
+    assert len(made["eager"].both()) == STEPS["tiny"].T + 2
+
+
+def test_training_baselines_are_the_same_model(monkeypatch):
+    monkeypatch.setattr(runner, "COPY_LENGTH", 2)
+    made = runner.training_steps(2, ["memcore", "eager", "naive", "floor"])
+    first = {name: step() for name, step in made.items()}
+    second = {name: step() for name, step in made.items()}
+    for name in ("eager", "naive"):
+        assert first[name] == pytest.approx(first["memcore"], rel=1e-5)
+        assert second[name] == pytest.approx(second["memcore"], rel=1e-4)  # after one update by Adam
+    assert second["memcore"] < first["memcore"]
+    assert first["floor"] != pytest.approx(first["memcore"], rel=1e-5)
+
+
+def test_saved_bytes_counts_every_storage_once():
+    a, b = torch.randn(100, requires_grad=True), torch.randn(100, requires_grad=True)
+    assert measure.saved_bytes(lambda: a * b) == 800
+    assert measure.saved_bytes(lambda: a * b, [a, b]) == 0
+    assert measure.saved_bytes(lambda: (a * b).exp(), [a, b]) == 400  # exp keeps its result
+    assert measure.saved_bytes(lambda: (lambda y: y.sin() * y.cos())(a * 2), [a]) == 1200  # y once, sin y, cos y
+    assert measure.saved_bytes(lambda: (a * 2)[:10].sin(), [a]) == 400  # a view keeps all of its storage
+    with torch.no_grad():
+        assert measure.saved_bytes(lambda: (a * b).exp()) == 0
+
+
+def test_a_chain_counts_its_memories():
+    case = STEPS["tiny"]
+    saved = runner.step_variants(case, ["eager"])["eager"].saved_bytes()
+    assert saved >= (case.T + 1) * case.memory_bytes  # what came in at each step, and what was read at the last
+
+
+def test_aten_calls_counts_the_backward_too():
+    a = torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        assert measure.aten_calls(lambda: a * a + a) == 2
+    assert measure.aten_calls(lambda: torch.autograd.grad((a * 2).sum(), a)) >= 4
+
+
+def test_quantiles_interpolate():
+    t = Timing((4.0, 1.0, 2.0, 3.0, 5.0))
+    assert (t.median, t.quantile(0), t.quantile(1), t.quantile(0.2)) == (3.0, 1.0, 5.0, pytest.approx(1.8))
+    assert Timing((1.0, 2.0)).median == 1.5
+
+
+def test_interleaving_takes_turns():
+    seen = []
+    made = measure.interleave(
+        {"a": lambda: seen.append("a"), "naive": lambda: seen.append("n")}, wall=False, seconds=0, least=8, most=8
+    )
+    assert len(made["a"].samples) == 8
+    assert len(made["naive"].samples) == 2  # context: every fourth round
+
+
+def _timings(**medians):
+    return {name: Timing((m, m, m)) for name, m in medians.items()}
+
+
+@pytest.fixture
+def run():
+    return runner.Run(quick=True, about={})
+
+
+def test_rows_hold_ratios_gates_and_rates(run):
+    run.add(
+        "ops", "read", SHAPES["small"], "fwd+bwd", 1, _timings(memcore=1e-3, eager=3e-3, compile=2e-3),
+        bytes=5e6, flops=2e6, saved={"memcore": 100, "eager": 300}, memory=50, gate=Gate(3, 2.5),
+    )  # fmt: skip
+    ours, eager, compiled = run.rows
+    assert tuple(sorted(ours)) == tuple(sorted(rows.FIELDS))
+    assert (ours["ratio_vs_eager"], ours["ratio_vs_compile"]) == (3, 2)
+    assert (ours["gate"], ours["passed"]) == ("3x eager, 2.5x compile", False)
+    assert (ours["GB/s"], ours["GFLOP/s"], ours["saved_memories"]) == (5, 2, 2)
+    assert eager["gate"] is None and compiled["ratio_vs_eager"] == 1.5
+
+
+def test_gates_pass_at_their_bound_and_need_their_baseline(run):
+    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.0, eager=3.0), gate=Gate(3))
+    run.add("ops", "read", "s", "fwd", 2, _timings(memcore=1.0, eager=3.0), gate=Gate(3))
+    run.add("step", "ntm_step", "s", "fwd+bwd", 1, _timings(memcore=1.0, eager=9.0), gate=Gate(3, 2))
+    run.add("step", "ntm_step", "s", "fwd+bwd", 1, _timings(memcore=1.0, eager=9.0), saved={"memcore": 5}, memory=4, gate=Gate(3, saved=1.2))
+    run.add("calls", "ntm_step", "s", "fwd+bwd", 1, _timings(memcore=61e-6, eager=9.0), gate=Gate(us=60))
+    assert [r["passed"] for r in run.rows if r["variant"] == "memcore"] == [True, None, None, False, False]
+
+
+def test_quick_runs_write_rows_that_read_back(tmp_path, capsys):
+    args = ["--quick", "--no-compile", "--threads", "1", "--out", str(tmp_path)]
+    assert main(["--op", "read", "--op", "least_used", *args, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    found = rows.read(tmp_path)
+    assert [(r["op"], r["pass"], r["variant"]) for r in found] == [
+        *(("read", p, v) for p in ("fwd", "fwd+bwd") for v in ("memcore", "eager", "naive")),
+        *(("least_used", "fwd", v) for v in ("memcore", "eager", "naive")),
+    ]
+    for row, full in zip(found, shown, strict=True):
+        assert set(row) == set(rows.FIELDS)
+        assert row["ms_median"] == pytest.approx(full["ms_median"], rel=1e-4)
+        assert 0 < row["min"] <= row["p20"] <= row["ms_median"] <= row["p80"] <= row["max"]
+        assert row["threads"] == 1 and row["clock"] == "cpu" and row["torch"] == torch.__version__
+    assert found[0]["gate"] == "2x eager" and isinstance(found[0]["passed"], bool)
+    assert found[0]["GB/s"] == pytest.approx((16 * 128 * 20 + 16 * 128 + 16 * 20) * 4 / found[0]["ms_median"] / 1e6, rel=1e-3)
+    lines = (tmp_path / rows.JSONL).read_text().splitlines()
+    assert [json.loads(line)["op"] for line in lines] == [r["op"] for r in found]
+    assert main([*args, "--op", "least_used", "table"]) == 0
+    assert "| least_used (16,1,128,20) |" in capsys.readouterr().out
+
+
+def test_tables_show_the_newest_rows(run, tmp_path):
+    for eager in (2e-3, 8e-3):
+        run.add("step", "ntm_step", STEPS["small"], "fwd+bwd", 1, _timings(memcore=1e-3, eager=eager, compile=4e-3), saved={"memcore": 7, "eager": 21}, memory=7, gate=Gate(6, 3, 1.2))  # fmt: skip
+        rows.append(run.rows, tmp_path)
+        run.rows.clear()
+    lines = rows.markdown(rows.read(tmp_path)).splitlines()
+    assert lines[2] == (
+        "| ntm_step (16,1/1,128,20) T=40 | fwd+bwd | 1 | 1 | 8 | 4 | 8.0x | 4.0x | 1.00 (3.00) | 6x eager, 3x compile, saved <= 1.2 | yes |"
+    )
+    assert len([line for line in lines if line.startswith("| ntm_step")]) == 1
+    assert lines[0].split(" | ")[3:8] == ["memcore, ms", "eager, ms", "compile, ms", "vs eager", "vs compile"]
+    assert "gates met: 1 of 1" in rows.text(rows.newest(rows.read(tmp_path)))
+
+
+def test_figures_are_drawn_from_the_rows(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    from memcore.bench.plots import draw
+
+    run.add("ops", "read", SHAPES["small"], "fwd", 1, _timings(memcore=1e-3, eager=2e-3, compile=1e-3), gate=Gate(2))
+    run.add("train", "NTM", "copy B=1", "train step", 1, _timings(memcore=1e-3, eager=2e-3), gate=Gate(1.6))
+    for row in run.rows:
+        row.update(cpu="a CPU", torch="2", commit="c", date="d")
+    rows.append(run.rows, tmp_path)
+    drawn = draw(tmp_path)
+    assert [p.name for p in drawn] == ["ops.png", "step.png"]
+    assert all(p.stat().st_size > 5000 for p in drawn)
+
+
+def test_foreign_columns_are_refused(run, tmp_path):
+    (tmp_path / rows.CSV).write_text("a,b\n1,2\n")
+    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.0))
+    with pytest.raises(ValueError, match="must have the columns of this version, got a, b"):
+        rows.append(run.rows, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["speed"], "'SUITE' must be one of roofline, ops, step, train, table, plot, got 'speed'"),
+        (["ops", "--device", "cuda"], "'--device' must be cpu .*, got 'cuda'"),
+        (["ops", "--threads", "0"], "'--threads' must be numbers >= 1"),
+        (["ops", "--time", "0"], "'--time' must be > 0, got 0"),
+    ],
+)
+def test_bad_arguments_are_told(argv, message):
+    with pytest.raises(ValueError, match=message):
+        main(argv)
+
+
+def test_no_rows_yet(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make them with: memcore bench"):
+        main(["table", "--out", str(tmp_path)])
