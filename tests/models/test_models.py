@@ -235,6 +235,19 @@ def test_dtype_and_device_of_the_parameters(make):
     assert all(p.device.type == "meta" for p in [*meta.parameters(), *meta.buffers()])
 
 
+def test_autocast(make):
+    model, x = make(), torch.randn(6, 3, X)
+    plain, _ = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = model(x, lengths=[6, 6, 2])
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output[:, :2].float(), plain[:, :2], rtol=0.05, atol=0.05)
+    if not isinstance(model, LSTMBaseline):
+        assert state.memory.dtype == torch.float32
+    output.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_empty_batch(make):
     model = make()
     if isinstance(model, LSTMBaseline):
