@@ -6,6 +6,7 @@ backward goes through the reference, so every operator can be differentiated to 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import _backend
 
-__all__ = ["accumulate", "library", "register"]
+__all__ = ["accumulate", "library", "no_autocast", "register"]
 
 library = torch.library.Library("memcore", "DEF")
 
@@ -21,6 +22,11 @@ library = torch.library.Library("memcore", "DEF")
 def accumulate(t: Tensor) -> Tensor:
     """`t` in the dtype sums are taken in: float32, or wider if it is wider."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def no_autocast(t: Tensor) -> AbstractContextManager:
+    """Keeps autocast out; meta tensors have none."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -79,5 +79,5 @@ def finite_number(op: str, name: str, value: float) -> None:
     """`value` is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"memcore.{op}: {name!r} must be a number, got {type(value).__name__}")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not -math.inf < value < math.inf:  # math.isfinite breaks a compiled graph
         raise ValueError(f"memcore.{op}: {name!r} must be finite, got {value}")

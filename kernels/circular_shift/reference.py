@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from .._op import accumulate
+from .._op import accumulate, no_autocast
 
 __all__ = ["circular_shift"]
 
 
 def circular_shift(weights: Tensor, shift: Tensor) -> Tensor:
     """out_i = sum over j in -R..R of shift[j + R] * weights[(i - j) mod N]; see memcore.functional.circular_shift."""
-    with torch.autocast(weights.device.type, enabled=False):
+    with no_autocast(weights):
         w, s = accumulate(weights), accumulate(shift)
         N, S = w.shape[-1], s.shape[-1]
         if N == 0:

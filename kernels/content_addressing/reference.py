@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._op import accumulate
+from .._op import accumulate, no_autocast
 
 __all__ = ["content_addressing"]
 
@@ -14,7 +14,7 @@ def content_addressing(
     key: Tensor, memory: Tensor, strength: Tensor | None = None, *, similarity: str = "cosine", mask: Tensor | None = None
 ) -> Tensor:
     """w[b,h,n] = softmax over n of strength[b,h] * sim(key[b,h], memory[b,n]); see memcore.functional.content_addressing."""
-    with torch.autocast(key.device.type, enabled=False):
+    with no_autocast(key):
         k, m = accumulate(key), accumulate(memory)
         if memory.dim() == 2:
             m = m.expand(key.shape[0], -1, -1)

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from .._op import accumulate
+from .._op import accumulate, no_autocast
 
 __all__ = ["erase_add_write", "erase_add_write_"]
 
 
 def erase_add_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
     """memory * prod over h of (1 - w_h e_h^T) + sum over h of w_h a_h^T; see memcore.functional.erase_add_write."""
-    with torch.autocast(memory.device.type, enabled=False):
+    with no_autocast(memory):
         m, w, e, a = (accumulate(t) for t in (memory, weights, erase, add))
         for h in range(w.shape[1]):
             m = m * (1 - w[:, h, :, None] * e[:, h, None])

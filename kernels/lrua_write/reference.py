@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._op import accumulate
+from .._op import accumulate, no_autocast
 from ..least_used.reference import least_used
 
 __all__ = ["lrua_write"]
@@ -20,7 +20,7 @@ def lrua_write(
     add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """w = gate * previous_read + (1 - gate) * onehot(least used), that slot zeroed, memory + w word^T; see memcore.functional.lrua_write."""
-    with torch.autocast(memory.device.type, enabled=False):
+    with no_autocast(memory):
         m, w, g = accumulate(memory), accumulate(previous_read), accumulate(gate)[..., None]
         word = accumulate(key if add is None else add)
         N = m.shape[1]

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from .._op import accumulate
+from .._op import accumulate, no_autocast
 
 __all__ = ["sharpen"]
 
 
 def sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
     """w^gamma / sum w^gamma as softmax(gamma * log w) over the positive weights; see memcore.functional.sharpen."""
-    with torch.autocast(weights.device.type, enabled=False):
+    with no_autocast(weights):
         w, g = accumulate(weights), accumulate(gamma)[..., None]
         if w.shape[-1] == 0:
             return w.to(weights.dtype, copy=True)

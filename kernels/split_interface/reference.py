@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._op import accumulate
+from .._op import accumulate, no_autocast
 
 __all__ = ["Interface", "slot_width", "split_interface"]
 
@@ -40,7 +40,7 @@ def slot_width(size: int, read_heads: int, write_heads: int, shift_range: int) -
 
 def split_interface(interface: Tensor, *, read_heads: int, write_heads: int, shift_range: int = 1) -> Interface:
     """Cut head by head and activate; see memcore.functional.split_interface."""
-    with torch.autocast(interface.device.type, enabled=False):
+    with no_autocast(interface):
         B, size = interface.shape
         W = slot_width(size, read_heads, write_heads, shift_range)
         S = 2 * shift_range + 1
@@ -58,6 +58,6 @@ def split_interface(interface: Tensor, *, read_heads: int, write_heads: int, shi
             shift.softmax(-1),
             1 + F.softplus(gamma[..., 0]),
             erase.sigmoid(),
-            add,
+            add.clone(),  # without read heads a view of the interface
         )
         return Interface(*(p.to(interface.dtype) for p in pieces))
