@@ -75,15 +75,25 @@ def _check(args: argparse.Namespace) -> list[str]:
     return suites
 
 
+def _again(args: argparse.Namespace, suites: Sequence[str]) -> list[str]:
+    """The same measurements as options: memcore and eager alone."""
+    again = [*suites, "--no-compile", "--no-naive", *(["--quick"] if args.quick else [])]
+    for name in ("op", "size"):
+        for value in getattr(args, name) or ():
+            again += [f"--{name}", value]
+    for name in ("batch", "threads"):
+        again += [f"--{name}", ",".join(map(str, getattr(args, name)))]
+    return [*again, "--dtype", args.dtype, "--seed", str(args.seed), "--time", str(args.time)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `memcore bench`; returns the exit code.
 
     Raises:
         ValueError, OSError: for arguments or folders that cannot be used.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     suites = _check(args)
     if not suites:
         parser.print_help()
@@ -118,9 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(run.rows, indent=1))
         if args.base is not None:
-            from .base import compare
+            from . import base
 
-            print(compare(args.base, argv, run.rows), file=sys.stderr if args.json else sys.stdout)
+            before = base.measure_base(args.base, _again(args, measured), run.say)
+            print(base.ratios(before, run.rows), file=sys.stderr if args.json else sys.stdout)
     if "table" in suites:
         print(rows.markdown(rows.read(folder)))
     if "plot" in suites or args.plot:

@@ -80,15 +80,16 @@ def interleave(
     calls = {}
     for name, call in variants.items():
         call()
-        call()
-        start = time.perf_counter()
-        call()
-        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
-        start = time.perf_counter()
-        for _ in range(calls[name]):
-            call()
-        seconds_each = (time.perf_counter() - start) / calls[name]
-        calls[name] = (max(1, math.ceil(SAMPLE_SECONDS / max(seconds_each, 1e-7))), seconds_each)
+        n = 1
+        for _ in range(2):  # a rough count, then a better one
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            each = (time.perf_counter() - start) / n
+            n = max(1, math.ceil(SAMPLE_SECONDS / max(each, 1e-7)))
+            if n == 1:
+                break
+        calls[name] = (n, each)
     a_round = sum(n * each * (0.25 if name == CONTEXT else 1) for name, (n, each) in calls.items())
     rounds = max(least, min(most, int(seconds / a_round)))
     samples: dict[str, list[float]] = {name: [] for name in variants}

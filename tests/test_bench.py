@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memcore
-from memcore.bench import baselines, cases, measure, rows, runner
+from memcore.bench import base, baselines, cases, measure, rows, runner
 from memcore.bench.__main__ import main
 from memcore.bench.cases import CASES, SHAPES, STEPS, Gate, Shape
 from memcore.bench.measure import Timing
@@ -241,3 +241,16 @@ def test_bad_arguments_are_told(argv, message):
 def test_no_rows_yet(tmp_path):
     with pytest.raises(FileNotFoundError, match="make them with: memcore bench"):
         main(["table", "--out", str(tmp_path)])
+
+
+def test_a_base_revision_is_compared_row_by_row(run):
+    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1e-3, eager=4e-3))
+    now = list(run.rows)
+    run.rows.clear()
+    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=3e-3, eager=2e-3))
+    assert base.ratios(run.rows, now).splitlines()[1].split() == ["read", "s", "float32", "fwd", "1", "3", "1", "3.00x", "6.00x"]
+
+
+def test_an_unknown_base_is_told():
+    with pytest.raises(ValueError, match="'--base' must be a revision of the git checkout at .*, got 'no-such-revision'"):
+        base.measure_base("no-such-revision", [], print)
