@@ -1,6 +1,8 @@
 """The contract of every operator on every backend, over the table in cases.py."""
 
+import gc
 import math
+import os
 from functools import lru_cache
 
 import pytest
@@ -378,3 +380,351 @@ def test_func_under_compile(case, sample, operators):
     compiled = torch.compile(lambda *v: torch.func.grad(f, every)(*v), fullgraph=True, backend="aot_eager")
     for a, e in zip(compiled(*leaves), reference_gradients(case, sample, x), strict=True):
         torch.testing.assert_close(a, e)
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_autocast(case, sample, two_backends):
+    """Float32 inputs give the same float32 numbers and gradients as without, bfloat16 inputs bfloat16."""
+    x = case.inputs(sample, torch.float32)
+
+    def autocast(**values):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return case.function(**values)
+
+    plain, found = as_tuple(case.function(**x, **sample.options)), as_tuple(autocast(**x, **sample.options))
+    for y, e in zip(found, plain, strict=True):
+        assert y.dtype == e.dtype and torch.equal(y, e)
+    half = as_tuple(autocast(**{k: cast(v, torch.bfloat16) for k, v in x.items()}, **sample.options))
+    assert all(y.dtype == (torch.bfloat16 if e.is_floating_point() else e.dtype) for y, e in zip(half, plain, strict=True))
+    if case.differentiable:
+        grads, wanted = run(autocast, case, sample, x)[1], run(case.function, case, sample, x)[1]
+        assert all(torch.equal(grads[k], e) for k, e in wanted.items())
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32)], ids=["f32_f64", "bf16_f16", "bf16_f32"])  # fmt: skip
+def test_mixed_dtypes(case, sample, dtypes, two_backends):
+    """One argument in another dtype: everything in the common one; each gradient in its argument's own."""
+    one, other = dtypes
+    common = torch.promote_types(one, other)
+    base = case.inputs(sample, one)
+    for k in case.shapes:
+        if base[k] is None or not base[k].is_floating_point() or len(case.shapes) == 1:
+            continue
+        x = {**base, k: case.inputs(sample, other)[k]}
+        ys = as_tuple(case.function(**x, **sample.options))
+        wanted = as_tuple(case.reference(**{n: cast(v, torch.float64) for n, v in x.items()}, **sample.options))
+        for y, e in zip(ys, wanted, strict=True):
+            assert y.dtype == (common if e.is_floating_point() else torch.int64)
+            assert_close(y, e, dtype=common, **case.tolerance(sample, x), what=f"{k} in {other}")
+        if case.differentiable:
+            _, grads = run(case.function, case, sample, x)
+            assert {n: g.dtype for n, g in grads.items()} == {n: x[n].dtype for n in grads}
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_repeats_bitwise(case, sample, backend):
+    s = sample.resized(B=3, N=257, W=33)
+    x = case.inputs(s, torch.float32)
+    assert torch.are_deterministic_algorithms_enabled()
+
+    def once():
+        return run(case.function, case, s, x) if case.differentiable else (as_tuple(case.function(**x, **s.options)), {})
+
+    ys, grads = once()
+    again, grads_again = once()
+    assert all(torch.equal(a, b) for a, b in zip(ys, again, strict=True))
+    assert all(torch.equal(grads[k], grads_again[k]) for k in grads)
+
+
+@pytest.mark.skipif("native" not in PATHS[-1], reason="the native library is not built; the reference's threads are PyTorch's")
+@pytest.mark.parametrize("sizes", [{"B": 9, "N": 300, "W": 40}, {"B": 1, "N": 20000, "W": 33}], ids=["many", "long"])
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_threads_bitwise(case, sample, sizes, backend):
+    if backend == "reference":
+        return
+    s = sample.resized(**sizes)
+    x = case.inputs(s, torch.float32)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(case.function, case, s, x) if case.differentiable else (as_tuple(case.function(**x, **s.options)), {}))
+    torch.set_num_threads(1)
+    for ys, grads in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ys, results[0][0], strict=True))
+        for k, g in grads.items():
+            assert torch.equal(g, results[0][1][k]), f"gradient of {k}"
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+def gap(dtype):
+    return True if dtype == torch.bool else math.nan
+
+
+def transposed(t):
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def stepped(t):
+    """Every second element of every dimension of a larger tensor, from offset 1."""
+    big = torch.full([2 * n + 1 for n in t.shape], gap(t.dtype), dtype=t.dtype)
+    view = big[tuple(slice(1, 2 * n + 1, 2) for n in t.shape)]
+    view.copy_(t)
+    return view
+
+
+def offset(t):
+    """Contiguous, one element into its storage, not aligned to any vector."""
+    big = torch.full([t.numel() + 2], gap(t.dtype), dtype=t.dtype)
+    view = big[1:-1].view(t.shape)
+    view.copy_(t)
+    return view
+
+
+def reversed_rows(t):
+    """Inner dimension contiguous, rows far apart."""
+    big = torch.full([*t.shape[:-1], t.shape[-1] + 3], gap(t.dtype), dtype=t.dtype)
+    view = big[..., 1 : t.shape[-1] + 1]
+    view.copy_(t)
+    return view
+
+
+def expanded(dim):
+    def apply(t):
+        return t.narrow(dim, 0, 1).expand_as(t) if t.shape[dim] else t
+
+    return apply
+
+
+LAYOUTS = {
+    "transposed": transposed, "stepped": stepped, "offset": offset, "padded_rows": reversed_rows,
+    "expanded_first": expanded(0), "expanded_last": expanded(-1), "expanded_middle": expanded(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_strides(case, sample, layout, backend):
+    """Any strides, NaN in the gaps, for inputs and for the gradients of outputs; the same as contiguous copies."""
+    lay = LAYOUTS[layout]
+    s = sample.resized(B=3, N=21, W=9, **({"shared": 1} if layout == "stepped" and "shared" in sample.sizes else {}))
+    x = {k: lay(v) if isinstance(v, Tensor) and v.dim() > 1 else v for k, v in case.inputs(s, torch.float32).items()}
+    flat = {k: v.contiguous().clone() if isinstance(v, Tensor) else v for k, v in x.items()}
+    if case.name == "content_addressing":
+        mask = torch.rand(3, 21, generator=torch.Generator().manual_seed(0)) < 0.7
+        x["mask"] = lay(mask)
+        flat["mask"] = x["mask"].clone(memory_format=torch.contiguous_format)
+    results = []
+    for values, place in ((x, lay), (flat, lambda t: t)):
+        leaves = [values[k].detach().requires_grad_() for k in case.differentiable if values[k] is not None]
+        names = [k for k in case.differentiable if values[k] is not None]
+        ys = as_tuple(case.function(**{**values, **dict(zip(names, leaves))}, **s.options))
+        used = [(y, g) for y, g in zip(ys, cotangents(ys)) if g is not None]
+        gs = [(lay(g) if place is lay else lay(g).contiguous()) if g.dim() > 1 else g for _, g in used]
+        grads = torch.autograd.grad([y for y, _ in used], leaves, gs, allow_unused=True, materialize_grads=True) if used else ()
+        results.append((ys, grads))
+    (ys, grads), (wanted, wanted_grads) = results
+    for y, e in zip(ys, wanted, strict=True):
+        assert_close(y, e, dtype=torch.float32, **case.tolerance(s, flat), what=layout)
+    for k, g, e in zip([k for k in case.differentiable if x[k] is not None], grads, wanted_grads, strict=False):
+        assert_close(g, e, dtype=torch.float32, **case.tolerance(s, flat, backward=True), what=f"{layout}, gradient of {k}")
+
+
+@pytest.mark.parametrize("case, sample", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_results_alias_nothing(case, sample, dtype, two_backends):
+    x = case.inputs(sample, dtype)
+    ys = [y for y in as_tuple(case.function(**x, **sample.options)) if y.numel()]
+    places = [y.untyped_storage().data_ptr() for y in ys]
+    inputs = [v.untyped_storage().data_ptr() for v in x.values() if isinstance(v, Tensor) and v.numel()]
+    assert not set(places) & set(inputs)
+    elements = [(p, i) for p, y in zip(places, ys) for i in indices(y)]
+    assert len(elements) == len(set(elements)), "outputs overlap"
+
+
+def indices(y: Tensor) -> list[int]:
+    """Where in its storage each element of `y` lies."""
+    at = torch.full((), y.storage_offset())
+    for n, step in zip(y.shape, y.stride()):
+        at = at[..., None] + torch.arange(n) * step
+    return at.flatten().tolist()
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}, {"H": 0, "Hr": 0}, {"B": 0, "N": 0}], ids=["B0", "N0", "H0", "B0_N0"])
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_empty(case, sample, sizes, backend):
+    """Right shape, dtype and requires_grad; the gradients that remain are those of the reference."""
+    if "I" in case.fixed or case.name == "split_interface":
+        sizes = {k: v for k, v in sizes.items() if k in "BN"}
+    s = sample.resized(**sizes)
+    for dtype in (torch.float32, torch.float16):
+        x = case.inputs(s, dtype)
+        wanted, wanted_grads = expected(case, s, dtype)
+        if not case.differentiable:
+            ys, grads = as_tuple(case.function(**x, **s.options)), {}
+        else:
+            ys, grads = run(case.function, case, s, x)
+            assert all(y.requires_grad for y in ys if y.is_floating_point())
+        for y, e in zip(ys, wanted, strict=True):
+            assert y.dtype == (dtype if e.is_floating_point() else torch.int64)
+            assert_close(y, e, dtype=dtype, **case.tolerance(s, x), what="output")
+        for k, e in wanted_grads.items():
+            assert grads[k].dtype == dtype
+            assert_close(grads[k], e, dtype=dtype, **case.tolerance(s, x, backward=True), what=f"gradient of {k}")
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def refused(case: Case, sample: Sample, x: Inputs, error, *, argument: str) -> str:
+    with pytest.raises(error) as caught:
+        case.function(**x, **sample.options)
+    message = str(caught.value)
+    assert message.startswith(f"memcore.{case.name}: ") and f"'{argument}'" in message, message
+    return message
+
+
+def full(case: Case, sample: Sample) -> tuple[Sample, Inputs]:
+    """Inputs with every optional tensor there."""
+    x = case.inputs(sample.resized(masked=1), torch.float32)
+    if "add" in x and x["add"] is None:
+        x["add"] = x["key"].clone()
+    return sample, x
+
+
+TENSORS = [pytest.param(p.values[0], p.values[1], k, id=f"{p.id}-{k}") for p in FIRSTS for k in p.values[0].shapes]
+
+
+@pytest.mark.parametrize("case, sample, argument", TENSORS)
+def test_wrong_shapes(case, sample, argument):
+    """One dimension more or less, and every size that another argument settles."""
+    sample, x = full(case, sample)
+    t = x[argument]
+    for wrong in (t[None, None], t[0, 0] if t.dim() == 3 else t[0]):
+        message = refused(case, sample, {**x, argument: wrong}, ValueError, argument=argument)
+        assert "must have shape (" in message and message.endswith(f"got {tuple(wrong.shape)}"), message
+    symbols = case.shapes[argument].split()
+    before = " ".join([case.fixed, *(v for k, v in list(case.shapes.items())[: list(case.shapes).index(argument)])]).split()
+    for i, symbol in enumerate(symbols):
+        if symbol not in before:
+            continue
+        for wrong in (torch.cat([t, t.narrow(i, 0, 1)], i), t.narrow(i, 0, 0)):
+            message = refused(case, sample, {**x, argument: wrong}, ValueError, argument=argument)
+            sizes = tuple(t.shape)
+            assert f"'{argument}' must have shape ({', '.join(symbols)}) = {sizes} to match '" in message, message
+            assert message.endswith(f"got {tuple(wrong.shape)}"), message
+
+
+@pytest.mark.parametrize("case, sample, argument", TENSORS)
+def test_wrong_types(case, sample, argument):
+    sample, x = full(case, sample)
+    for dtype in (torch.int64, torch.complex64):
+        message = refused(case, sample, {**x, argument: x[argument].to(dtype)}, TypeError, argument=argument)
+        assert f"got {dtype}" in message
+    message = refused(case, sample, {**x, argument: [1.0]}, TypeError, argument=argument)
+    assert "got list" in message or "got <class 'list'>" in message, message
+
+
+@pytest.mark.parametrize("case, sample, argument", TENSORS)
+def test_different_devices(case, sample, argument):
+    sample, x = full(case, sample)
+    if len(case.shapes) == 1:
+        return
+    message = refused(case, sample, {**x, argument: x[argument].to("meta")}, RuntimeError, argument=argument if argument != next(iter(x)) else list(x)[1])
+    assert "cpu" in message and "meta" in message, message
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_a_backend_that_cannot_be_met(case, sample):
+    """It raises and names operator and backend; arguments are judged first."""
+    x = case.inputs(sample, torch.float32)
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in x.items()}
+    for choice, values in (("triton", x), ("native", meta), ("triton", meta)):
+        with memcore.backend(choice):
+            with pytest.raises(RuntimeError, match=rf"memcore\.{case.name}: .*'{choice}'.*{'cpu' if values is x else 'meta'}"):
+                case.function(**values, **sample.options)
+            with pytest.raises(TypeError, match=rf"memcore\.{case.name}: '{next(iter(x))}'"):
+                case.function(**{**values, next(iter(x)): 1.0}, **sample.options)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="memcore: backend must be one of auto, reference, native, triton, got 'gpu'"):
+        with memcore.backend("gpu"):
+            pass
+
+
+def test_native_library():
+    """Whether this run tested kernels at all."""
+    if PATHS == ["reference", "registered"]:
+        pytest.skip(memcore._backend.native_missing)
+    assert len(PATHS) > 1
+
+
+# Size and time --------------------------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_memory_does_not_grow(case, sample, operators):
+    """Forward and backward, thousands of times (hundreds where the operators run in Python)."""
+    s = sample.resized(B=1, N=64, W=16)
+    x = case.inputs(s, torch.float32)
+    calls = 2000 if operators.startswith("native") else 200
+
+    def loop(n):
+        for _ in range(n):
+            if case.differentiable:
+                run(case.function, case, s, x)
+            else:
+                case.function(**x, **s.options)
+        gc.collect()
+
+    loop(calls // 4)
+    before = resident()
+    loop(calls)
+    # One leaked tensor of [64, 16] floats a call would be 8 MB at 2000 calls.
+    assert resident() - before < 3e6
+
+
+@pytest.mark.parametrize("name", ["sharpen", "content_addressing", "read", "ntm_addressing", "least_used"])
+def test_a_million_slots(name, backend):
+    case = next(c for c in CASES if c.name == name)
+    s = case.samples[0].resized(B=1, H=1, N=1_000_000, W=2)
+    x = case.inputs(s, torch.float32)
+    (y,) = as_tuple(case.function(**x, **s.options))
+    (e,) = as_tuple(case.reference(**{k: cast(v, torch.float64) for k, v in x.items()}, **s.options))
+    assert_close(y, e, dtype=torch.float32, **case.tolerance(s, x), what=name)
+    if name in ("sharpen", "content_addressing", "ntm_addressing"):
+        assert abs(y.double().sum().item() - 1) < 1e-5
+
+
+def test_offsets_past_two_to_the_31(backend):
+    """Two batch items 2^31 elements apart; only the touched pages of the storage exist."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        big = torch.empty(2**31 + 4096, dtype=torch.float16)
+    except RuntimeError as e:
+        pytest.skip(f"no room for 4 GB of address space: {e}")
+    memory = big.as_strided((2, 20, 10), (2**31, 10, 1))
+    memory.copy_(torch.randn(2, 20, 10))
+    weights = torch.rand(2, 3, 20, dtype=torch.float16)
+    flat = memory.clone()
+    assert torch.equal(memcore.functional.read(memory, weights), memcore.functional.read(flat, weights))
+    key = flat[:, :3].clone()
+    assert torch.equal(memcore.functional.content_addressing(key, memory), memcore.functional.content_addressing(key, flat))
+    erase = torch.rand(2, 3, 10, dtype=torch.float16)
+    written = memcore.functional.erase_add_write(flat, weights, erase, erase)
+    assert torch.equal(memcore.functional.erase_add_write(memory, weights, erase, erase), written)
+    memcore.functional.erase_add_write_(memory, weights, erase, erase)
+    assert torch.equal(memory, written)
