@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("kind", choices=("curve", "memory", "accuracy"), help="what to draw")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders; for curve, runs that differ in the seed alone share a band")
     p.add_argument("--out", metavar="FILE", help="image to write, .png .svg .pdf (default: KIND.png in the first run's folder)")
-    p.add_argument("--metric", metavar="NAME", help="curve: column to draw, e.g. loss, wrong_bits, accuracy.2 for the second entry of a list (default: eval_loss)")
+    p.add_argument("--metric", metavar="NAME", help="curve: column to draw: loss, wrong_bits, accuracy.2 (the 2nd instance), ... (default: eval_loss)")
     p.add_argument("--log", action="store_true", help="curve: logarithmic axis")
     p.add_argument("--x", choices=("sequences", "step", "seconds"), default="sequences", help="curve: horizontal axis (default: sequences)")
     p.add_argument("--set", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="memory: the sequence drawn, e.g. length=20")
@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.choices["train"].epilog = _preset_table()
     try:
         if argv and argv[0] == "bench":
-            from .bench import main as bench
+            from .bench.__main__ import main as bench
 
             return bench(argv[1:]) or 0
         if argv and argv[0] == "data":

@@ -24,6 +24,7 @@ SOLVED = 0.1  # bits per sequence
 LENGTHS = ("20", "40", "80", "120")
 ROUNDS = 9
 MANN_MINUTES = 0.75
+TEST_SEQUENCES = 100
 
 Log = Callable[[str], None]
 
@@ -81,7 +82,9 @@ def _time_steps(log: Log) -> dict[str, Any]:
 def _copy(out: Path, minutes: float, seed: int, log: Log) -> tuple[dict[str, Any], Any, Any]:
     config = configure("ntm", "copy", seed=seed)
     log(f"training an NTM on copy until a sequence costs less than {SOLVED} bits, at most {minutes:g} minutes ...")
-    result, model, task = run(config, out, until=SOLVED, max_minutes=minutes, progress=True, log=log)
+    result, model, task = run(
+        config, out, until=SOLVED, max_minutes=minutes, test_sequences=TEST_SEQUENCES, progress=True, log=log
+    )
     for length in LENGTHS:
         test = result["test"][length]
         log(f"  {length:>3} vectors: {test['bits']:9.2f} bits a sequence, {100 * test['wrong_bits']:6.2f} % wrong bits")
@@ -97,7 +100,7 @@ def _mann(out: Path, seed: int, data: Any, log: Log) -> dict[str, Any] | None:
         log(f"no MANN: {e}")
         return None
     log(f"training a MANN on Omniglot, 3 characters at a time, {60 * MANN_MINUTES:.0f} seconds ...")
-    result, _, _ = run(config, out, max_minutes=MANN_MINUTES, test_sequences=500, data=data, progress=True, log=log)
+    result, _, _ = run(config, out, max_minutes=MANN_MINUTES, test_sequences=5 * TEST_SEQUENCES, data=data, progress=True, log=log)
     shown = ", ".join(f"{100 * a:.0f} %" for a in result["test"]["test"]["accuracy"])
     log(f"  accuracy on unseen characters by instance: {shown} (chance 33 %)")
     return result

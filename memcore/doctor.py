@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from . import _backend, data as data_sets, functional
+from . import _backend, functional
+from . import data as data_sets
 from .train.experiment import versions
 
 __all__ = ["examine", "text"]

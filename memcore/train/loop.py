@@ -26,6 +26,7 @@ CURVE = "curve.jsonl"
 SCHEDULES = ("constant", "cosine")
 SAVE_SECONDS = 60.0
 VALIDATION_SEED = 20141020  # one stream for every run, whatever its seed: arms and seeds are compared on the same sequences
+VALIDATION_BATCHES = 16  # a batch shares one length
 TEST_SEED = 20160619
 
 
@@ -298,6 +299,8 @@ def train(
         _same_run(saved["settings"], settings, path)
         loaded.restore(model, optim, generator)
         step, seconds, sums = saved["step"], saved["seconds"], saved["sums"]
+        if step > steps:
+            raise ValueError(f"memcore.train: 'steps' must be at least the {step} updates done before, got {steps}")
     elif folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     curve = _Curve(None if folder is None else folder / CURVE, step)
@@ -333,8 +336,16 @@ def train(
             step += 1
             sums = [sums[0] + loss, sums[1] + 1]
             bar.advance()
-            if step % eval_every == 0 or step == steps:
-                scores = evaluate(model, task, sequences=eval_sequences, seed=VALIDATION_SEED, settings={"": validation or {}})[""]
+            late = max_minutes is not None and time.perf_counter() - began >= 60 * max_minutes
+            if step % eval_every == 0 or step == steps or late:
+                scores = evaluate(
+                    model,
+                    task,
+                    sequences=eval_sequences,
+                    batch_size=-(-eval_sequences // VALIDATION_BATCHES),
+                    seed=VALIDATION_SEED,
+                    settings={"": validation or {}},
+                )[""]
                 row = {
                     "step": step,
                     "sequences": step * batch_size,
@@ -354,7 +365,7 @@ def train(
                 if time.perf_counter() - saved_at > SAVE_SECONDS:
                     save()
                     saved_at = time.perf_counter()
-            if max_minutes is not None and time.perf_counter() - began >= 60 * max_minutes:
+            if late:
                 stopped = "max_minutes"
                 break
             if caught:
@@ -365,5 +376,5 @@ def train(
     if stopped == "interrupted":
         where = "nothing was saved (no output folder)" if path is None else f"saved to {path}"
         raise Interrupted(f"interrupted at update {step} of {steps}; {where}", caught[0])
-    last = curve.rows[-1]["loss"] if curve.rows else (sums[0] / sums[1] if sums[1] else math.nan)
-    return RunResult(step, step * batch_size, seconds, last, stopped, curve.rows, path)
+    loss = curve.rows[-1]["loss"] if curve.rows else math.nan
+    return RunResult(step, step * batch_size, seconds, loss, stopped, curve.rows, path)

@@ -107,6 +107,8 @@ def test_resume_refuses_other_settings(tmp_path):
         train(small(), task(), steps=4, out=tmp_path, resume=True, **{**SETTINGS, "lr": 0.02})
     with pytest.raises(ValueError, match="'seed' must be 0 to resume"):
         train(small(), task(), steps=4, out=tmp_path, resume=True, seed=1, **SETTINGS)
+    with pytest.raises(ValueError, match="'steps' must be at least the 2 updates done before, got 1"):
+        train(small(), task(), steps=1, out=tmp_path, resume=True, **SETTINGS)
     with pytest.raises(ValueError, match="got no such file"):
         train(small(), task(), steps=4, out=tmp_path / "none", resume=True, **SETTINGS)
 
