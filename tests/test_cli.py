@@ -111,6 +111,7 @@ def test_eval_of_all_of_some_and_of_a_setting_of_ones_own(capsys, run):
         (["train", "ntm", "--lr", "-1"], "'lr' must be > 0 and finite, got -1"),
         (["train", "ntm", "--device", "abacus"], "'device' must be cpu or a GPU that torch sees, got 'abacus'"),
         (["train", "ntm", "--threads", "0"], "'--threads' must be >= 1, got 0"),
+        (["train", "ntm", "--backend", "triton"], "backend 'triton' is not available for cpu tensors"),
         (["train", "ntm", "--resume"], "must be a memcore checkpoint, got no such file"),
         (["train", "ntm", "--test-sequences", "0"], "'test_sequences' must be >= 1, got 0"),
         (["eval", "."], "must be a memcore checkpoint, got no such file"),

@@ -113,6 +113,8 @@ def run(
     if test_sequences < 1:
         raise ValueError(f"memcore.train: 'test_sequences' must be >= 1, got {test_sequences}")
     model, task = build(config, data=data, device=device)
+    with torch.no_grad():  # what cannot run at all fails before anything is written
+        model(task.sample(1, generator=torch.Generator().manual_seed(0)).to(device).input)
     folder = None if out is None else _folder(Path(out), resume)
     say = log or (lambda text: None)
     parameters = sum(p.numel() for p in model.parameters())
