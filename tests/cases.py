@@ -41,7 +41,7 @@ class Sample:
         return replace(self, sizes={**self.sizes, **sizes})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Case:
     name: str
     shapes: dict[str, str]
@@ -64,6 +64,9 @@ class Case:
     @property
     def reference(self) -> Callable[..., Any]:
         return getattr(memcore.reference, self.name)
+
+    def __repr__(self) -> str:
+        return self.name
 
     def inputs(self, sample: Sample, dtype: torch.dtype = torch.float64) -> Inputs:
         """The sample's tensors, made in float64 and rounded to `dtype`; the same every time."""
@@ -149,6 +152,7 @@ def distribution(g, *shape):
 
 
 def memory_of(s, g, scale=1.0):
+    """[B, N, W], or one memory for the batch."""
     shape = (s.N, s.W) if s.shared else (s.B, s.N, s.W)
     return scale * randn(g, *shape)
 
@@ -193,7 +197,7 @@ def _read(s, g):
 
 def _erase_add_write(s, g):
     return {
-        "memory": memory_of(s, g),
+        "memory": randn(g, s.B, s.N, s.W),
         "weights": distribution(g, s.B, s.H, s.N),
         "erase": rand(g, s.B, s.H, s.W),
         "add": randn(g, s.B, s.H, s.W),
@@ -214,7 +218,7 @@ def _least_used(s, g):
 
 def _lrua_write(s, g):
     return {
-        "memory": memory_of(s, g),
+        "memory": randn(g, s.B, s.N, s.W),
         "key": randn(g, s.B, s.H, s.W),
         "previous_read": distribution(g, s.B, s.H, s.N),
         "usage": rand(g, s.B, s.N),
@@ -233,7 +237,7 @@ def _split_interface(s, g):
 
 def _ntm_step(s, g):
     return {
-        "memory": memory_of(s, g),
+        "memory": randn(g, s.B, s.N, s.W),
         "interface": randn(g, s.B, interface_size(s)),
         "previous": distribution(g, s.B, s.Hr + s.Hw, s.N),
     }

@@ -487,7 +487,7 @@ def offset(t):
     return view
 
 
-def reversed_rows(t):
+def padded_rows(t):
     """Inner dimension contiguous, rows far apart."""
     big = torch.full([*t.shape[:-1], t.shape[-1] + 3], gap(t.dtype), dtype=t.dtype)
     view = big[..., 1 : t.shape[-1] + 1]
@@ -503,7 +503,7 @@ def expanded(dim):
 
 
 LAYOUTS = {
-    "transposed": transposed, "stepped": stepped, "offset": offset, "padded_rows": reversed_rows,
+    "transposed": transposed, "stepped": stepped, "offset": offset, "padded_rows": padded_rows,
     "expanded_first": expanded(0), "expanded_last": expanded(-1), "expanded_middle": expanded(1),
 }  # fmt: skip
 
@@ -513,7 +513,7 @@ LAYOUTS = {
 def test_strides(case, sample, layout, backend):
     """Any strides, NaN in the gaps, for inputs and for the gradients of outputs; the same as contiguous copies."""
     lay = LAYOUTS[layout]
-    s = sample.resized(B=3, N=21, W=9, **({"shared": 1} if layout == "stepped" and "shared" in sample.sizes else {}))
+    s = sample.resized(B=3, N=21, W=9, shared=int(layout == "stepped"))
     x = {k: lay(v) if isinstance(v, Tensor) and v.dim() > 1 else v for k, v in case.inputs(s, torch.float32).items()}
     flat = {k: v.contiguous().clone() if isinstance(v, Tensor) else v for k, v in x.items()}
     if case.name == "content_addressing":
