@@ -17,7 +17,8 @@ EPILOG = """what runs:
 
 variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); naive (as commonly written, context only).
 Every variant is first checked against memcore.reference: nothing wrong is timed. One process, variants interleaved round by round,
-CPU seconds at one thread, wall seconds at more. Rows are appended to rows.csv and rows.jsonl in --out. Gates hold at one thread.
+CPU seconds at one thread, wall seconds at more; ops and train show compile at one thread only. Gates hold at one thread.
+Rows are appended to rows.csv and rows.jsonl in --out.
 
 examples:
   memcore bench ops step train            everything, ten to twelve minutes on two quiet cores

@@ -26,14 +26,15 @@ def _bars(axis: Any, labels: list[str], series: dict[str, list[float | None]], g
         axis.barh(at, [v or 0 for v in values], height, label=name)
     for y, gate in enumerate(gates):
         if gate is not None:
-            axis.plot([gate, gate], [y - 0.42, y + 0.42], color="black", linewidth=1.5, label="gate" if gate is next(g for g in gates if g) else None)
+            axis.plot([gate, gate], [y - 0.42, y + 0.42], color="black", linewidth=1.5, label="gate")
     axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("times as fast as tuned eager PyTorch")
     axis.set_title(title, fontsize=10)
     handles, names = axis.get_legend_handles_labels()
-    axis.legend(*zip(*dict(zip(names, zip(handles, names, strict=True), strict=True)).values(), strict=True), fontsize=8)
+    unique = dict(zip(names, handles, strict=True))
+    axis.legend(unique.values(), unique.keys(), fontsize=8)
 
 
 def _ratios(found: list[dict[str, Any]], label: str) -> tuple[list[str], dict[str, list[float | None]], list[float | None]]:
@@ -56,9 +57,10 @@ def draw(folder: str | Path) -> list[Path]:
 
     written = []
 
-    def save(figure: Any, name: str) -> None:
-        rows = [r for r in found if r["suite"] in ("ops" if name == "ops" else "step", "train" if name == "step" else "")]
-        figure.text(0.01, 0.002, f"{rows[-1]['cpu']}, one thread, torch {rows[-1]['torch']}, memcore {rows[-1]['commit']}, {rows[-1]['date']}", fontsize=6)
+    def save(figure: Any, name: str, *suites: str) -> None:
+        last = [r for r in found if r["suite"] in suites][-1]
+        note = f"{last['cpu']}, one thread, torch {last['torch']}, memcore {last['commit']}, {last['date']}"
+        figure.text(0.01, 0.002, note, fontsize=6)
         figure.tight_layout(rect=(0, 0.015, 1, 1))
         path = Path(folder) / f"{name}.png"
         figure.savefig(path, dpi=110)
@@ -74,7 +76,7 @@ def draw(folder: str | Path) -> list[Path]:
                 labels, series, gates = _ratios([r for r in single if r["shape"] == size and r["pass"] == kind], "{op}")
                 if series:
                     _bars(axes[i][j], labels, series, gates, f"{size}, {kind}")
-        save(figure, "ops")
+        save(figure, "ops", "ops")
 
     parts = [
         (_ratios([r for r in found if r["suite"] == "step"], "{shape}"), "ntm_step chained, forward + backward"),
@@ -85,5 +87,5 @@ def draw(folder: str | Path) -> list[Path]:
         figure, axes = pyplot.subplots(len(parts), 1, figsize=(8, 2.6 * len(parts)), squeeze=False)
         for (part, title), axis in zip(parts, axes[:, 0], strict=True):
             _bars(axis, [label.replace(" N=128 W=20 LSTM 100", "") for label in part[0]], *part[1:], title)
-        save(figure, "step")
+        save(figure, "step", "step", "train")
     return written

@@ -150,7 +150,8 @@ def ops(run: Run) -> None:
                         for name, f in functions.items():
                             saved[name] = measure.saved_bytes(lambda f=f: f(*inputs), inputs)
                     for backward in (False, True) if case.diff else (False,):
-                        timings = run.time({n: runnable(case, f, inputs, backward) for n, f in functions.items()}, count, 1.5 if count == 1 else 0.7)
+                        timed = {n: runnable(case, f, inputs, backward) for n, f in functions.items()}
+                        timings = run.time(timed, count, 1.0 if count == 1 else 0.5)
                         run.add(
                             "ops", op, shape, "fwd+bwd" if backward else "fwd", count, timings,
                             bytes=2 * moved + 3 * made + grads if backward else moved + made,
@@ -295,7 +296,9 @@ def calls(run: Run) -> None:
         run.add("calls", "torch.mul", "(8)", "fwd+bwd", 1, timings)
 
 
-def training_steps(batch_size: int, variants: Iterable[str], seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Callable[[], float]]:
+def training_steps(
+    batch_size: int, variants: Iterable[str], seed: int = 0, say: Callable[[str], None] = print
+) -> dict[str, Callable[[], float]]:
     """variant -> one whole training step (forward, loss, backward, Adam) of one NTM on copy, 41 time steps; returns the loss.
 
     N = 128, W = 20, LSTM controller of 100, one read and one write head. Every variant but "floor" (no memory work) is the same
