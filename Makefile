@@ -4,7 +4,7 @@
 #   make demo | bench | test-slow | test-asan | build | clean
 #
 # PYTHON, VENV and TORCH choose the interpreter, the environment's folder and what pip gets as torch, for example
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   make test TORCH="torch==2.13.0 --index-url ADDRESS"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,7 +41,7 @@ demo: build
 	$(VENV)/bin/memcore demo $(ARGS)
 
 bench: build
-	$(VENV)/bin/memcore bench $(ARGS)
+	$(VENV)/bin/memcore bench $(or $(ARGS),roofline ops step train)
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package that the bare `pytest` command
 # (no checkout on sys.path) finds first. The runtimes are preloaded because Python itself is not instrumented.
