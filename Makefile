@@ -51,7 +51,7 @@ test-asan: $(READY)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MEMCORE_BACKEND=native \
 	$(VENV)/bin/pytest -o pythonpath=build/asan -p no:cacheprovider tests/kernels tests/test_contract.py \
-	-k 'kernels or test_forward or test_gradient' $(ARGS)
+	-k 'kernels or forward or gradient or strides or threads or empty' $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info memcore/_C*.so .pytest_cache .hypothesis .benchmarks
