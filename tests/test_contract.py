@@ -556,12 +556,12 @@ def indices(y: Tensor) -> list[int]:
     return at.flatten().tolist()
 
 
-@pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}, {"H": 0, "Hr": 0}, {"B": 0, "N": 0}], ids=["B0", "N0", "H0", "B0_N0"])
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}, {"H": 0, "Hr": 0}, {"W": 0}, {"B": 0, "N": 0}], ids=["B0", "N0", "H0", "W0", "B0_N0"])
 @pytest.mark.parametrize("case, sample", FIRSTS)
 def test_empty(case, sample, sizes, backend):
     """Right shape, dtype and requires_grad; the gradients that remain are those of the reference."""
     if "I" in case.fixed or case.name == "split_interface":
-        sizes = {k: v for k, v in sizes.items() if k in "BN"}
+        sizes = {k: v for k, v in sizes.items() if k in "BNW"}
     s = sample.resized(**sizes)
     for dtype in (torch.float32, torch.float16):
         x = case.inputs(s, dtype)

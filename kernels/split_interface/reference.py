@@ -58,6 +58,6 @@ def split_interface(interface: Tensor, *, read_heads: int, write_heads: int, shi
             shift.softmax(-1),
             1 + F.softplus(gamma[..., 0]),
             erase.sigmoid(),
-            add.clone(),  # without read heads a view of the interface
+            add.clone(),  # else a view of the interface
         )
         return Interface(*(p.to(interface.dtype) for p in pieces))
