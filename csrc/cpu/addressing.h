@@ -162,20 +162,10 @@ template <class C> struct Similarity {
 template <class T>
 MC_INLINE void similarity_rows(
     const Similarity<Acc<T>>& s, const Acc<T>* m, int64_t n, int64_t rows, const Acc<T>* base, Acc<T>* dm, const Acc<T>* c, const Acc<T>* own, Acc<T>* dk) {
-  typedef Acc<T> C;
-  constexpr int L = Lanes<C>::n;
   if (dk) gather(m, s.W, rows, s.W, c + n, s.Np, s.H, dk, s.Wp);
   if (!dm) return;
-  scatter(dm, s.W, base, s.W, rows, s.W, c + n, s.Np, s.H, s.key, s.Wp);
-  if (!s.cosine) return;
-  for (int64_t r = 0; r < rows; r++) {
-    const Vec<C> o = splat(own[n + r]);
-    for (int64_t w = 0; w < s.W; w += L) {
-      const int part = s.W - w < L ? (int)(s.W - w) : L;
-      C* p = dm + r * s.W + w;
-      store_n(p, load_n(p, part) - o * load_n(m + r * s.W + w, part), part);
-    }
-  }
+  if (s.cosine) scatter_own(dm, s.W, base, s.W, rows, s.W, c + n, s.Np, s.H, s.key, s.Wp, own + n, m, s.W);
+  else scatter(dm, s.W, base, s.W, rows, s.W, c + n, s.Np, s.H, s.key, s.Wp);
 }
 
 // ---- softmax over strength * similarity ----

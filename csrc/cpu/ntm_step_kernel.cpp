@@ -55,7 +55,10 @@ template <class T> struct Step {
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
       C* out = next;
-      if constexpr (kDirect) out = to;
+      if constexpr (kDirect) {
+        out = to;
+        if (n + step < a.N) prefetch<true>(to + step * a.W, step * a.W * (int64_t)sizeof(T));
+      }
       if (!a.write_first) gather(m, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
       erase_add(out, a.W, m, a.W, rows, a.W, s.weights + a.R * Np + n, Np, a.Hw, p.erase, p.add, Wp);
       if (a.write_first) gather(out, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
@@ -83,7 +86,10 @@ template <class T> struct Step {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       C* dm = dm_all + n * a.W;
+      if (n + step < a.N) prefetch<true>(dm + step * a.W, step * a.W * (int64_t)sizeof(C));
       const C* g = nullptr;
+      if (a.grad_written && n + step < a.N)
+        prefetch<false>((const T*)a.grad_written + (b * a.N + n + step) * a.W, step * a.W * (int64_t)sizeof(T));
       if (a.grad_written) g = widened((const T*)a.grad_written + (b * a.N + n) * a.W, rows * a.W, grad);
       if (reading) {
         const C* seen = m;

@@ -173,29 +173,44 @@ inline void gather(const C* m, int64_t ld, int64_t rows, int64_t W, const C* c, 
 
 // ---- scatter and erase_add ----
 
-// Vectors of one chunk of columns for HB heads stay in registers while the rows go by.
-template <int HB, bool ERASE, class C>
-MC_INLINE void scatter_heads(
-    C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda) {
-  constexpr int L = Lanes<C>::n;
-  for (int64_t w = 0; w < W; w += L) {
-    const int part = W - w < L ? (int)(W - w) : L;
-    Vec<C> av[HB], ev[HB];
-    for (int h = 0; h < HB; h++) {
-      av[h] = load(a + h * lda + w);
-      if (ERASE) ev[h] = load(e + h * lda + w);
-    }
-    for (int64_t n = 0; n < rows; n++) {
-      Vec<C> v = !base ? Vec<C>{} : part == L ? load(base + n * ldb + w) : load_part(base + n * ldb + w, part);
-      Vec<C> x[HB];
-      for (int h = 0; h < HB; h++) x[h] = splat(c[h * ldc + n]);
-      if (ERASE)
-        for (int h = 0; h < HB; h++) v *= 1 - x[h] * ev[h];
-      for (int h = 0; h < HB; h++) v += x[h] * av[h];
-      if (part == L) store(out + n * ldo + w, v);
-      else store_part(out + n * ldo + w, v, part);
-    }
+// Vectors of one chunk of columns for HB heads stay in registers while the rows go by. OWN subtracts own[n] times the row of
+// `self` as well.
+template <int HB, bool ERASE, bool OWN, bool FULL, class C>
+MC_INLINE void scatter_chunk(
+    C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int part, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda,
+    const C* own, const C* self, int64_t lds) {
+  Vec<C> av[HB > 0 ? HB : 1], ev[HB > 0 ? HB : 1];
+  const C* x[HB > 0 ? HB : 1];
+#pragma GCC unroll 4
+  for (int h = 0; h < HB; h++) {
+    av[h] = load(a + h * lda);
+    if (ERASE) ev[h] = load(e + h * lda);
+    x[h] = c + h * ldc;
   }
+  for (int64_t n = 0; n < rows; n++) {
+    Vec<C> v = !base ? Vec<C>{} : FULL ? load(base + n * ldb) : load_part(base + n * ldb, part);
+    if (ERASE)
+#pragma GCC unroll 4
+      for (int h = 0; h < HB; h++) v *= 1 - splat(x[h][n]) * ev[h];
+#pragma GCC unroll 4
+    for (int h = 0; h < HB; h++) v += splat(x[h][n]) * av[h];
+    if (OWN) v -= splat(own[n]) * (FULL ? load(self + n * lds) : load_part(self + n * lds, part));
+    if (FULL) store(out + n * ldo, v);
+    else store_part(out + n * ldo, v, part);
+  }
+}
+
+template <int HB, bool ERASE, bool OWN, class C>
+MC_INLINE void scatter_heads(
+    C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda,
+    const C* own = nullptr, const C* self = nullptr, int64_t lds = 0) {
+  constexpr int L = Lanes<C>::n;
+  int64_t w = 0;
+  for (; w + L <= W; w += L)
+    scatter_chunk<HB, ERASE, OWN, true>(out + w, ldo, base ? base + w : base, ldb, rows, L, c, ldc, e + w, a + w, lda, own, self + w, lds);
+  if (w < W)
+    scatter_chunk<HB, ERASE, OWN, false>(
+        out + w, ldo, base ? base + w : base, ldb, rows, (int)(W - w), c, ldc, e + w, a + w, lda, own, self + w, lds);
 }
 
 // base may be null (zero) and may be out itself.
@@ -210,19 +225,37 @@ inline void scatter(C* out, int64_t ldo, const C* base, int64_t ldb, int64_t row
     const int64_t left = H - h;
     const C* ch = c + h * ldc;
     const C* ah = a + h * lda;
-    if (left >= 4) scatter_heads<4, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 4;
-    else if (left == 3) scatter_heads<3, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 3;
-    else if (left == 2) scatter_heads<2, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 2;
-    else scatter_heads<1, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 1;
+    if (left >= 4) scatter_heads<4, false, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 4;
+    else if (left == 3) scatter_heads<3, false, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 3;
+    else if (left == 2) scatter_heads<2, false, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 2;
+    else scatter_heads<1, false, false>(out, ldo, base, ldb, rows, W, ch, ldc, ah, ah, lda), h += 1;
     base = out, ldb = ldo;
   }
+}
+
+// scatter, minus own[n] times row n of `self`.
+template <class C>
+inline void scatter_own(
+    C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda,
+    const C* own, const C* self, int64_t lds) {
+  const int64_t last = H % 4 ? H % 4 : H < 4 ? H : 4, before = H - last;  // the heads of the last sweep
+  if (before > 0) {
+    scatter(out, ldo, base, ldb, rows, W, c, ldc, before, a, lda);
+    base = out, ldb = ldo;
+  }
+  c += before * ldc, a += before * lda;
+  if (last == 4) scatter_heads<4, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
+  else if (last == 3) scatter_heads<3, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
+  else if (last == 2) scatter_heads<2, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
+  else if (last == 1) scatter_heads<1, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
+  else scatter_heads<0, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
 }
 
 template <class C>
 inline void erase_add(
     C* out, int64_t ldo, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda) {
-  if (H == 1) return scatter_heads<1, true>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
-  if (H == 2) return scatter_heads<2, true>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
+  if (H == 1) return scatter_heads<1, true, false>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
+  if (H == 2) return scatter_heads<2, true, false>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
   // All erasures, then all additions.
   constexpr int L = Lanes<C>::n;
   for (int64_t n = 0; H > 0 && n < rows; n++)
@@ -239,37 +272,51 @@ inline void erase_add(
 // Backward of erase_add on a block. With f_h = 1 - c_h e_h, P = prod f_h, q_h = g m prod over h' != h of f_h':
 //   dm = g P        dc[h][n] += sum over w of (a_h g - e_h q_h)        de[h] -= sum over n of c_h q_h        da[h] += sum over n of c_h g
 // dm may be g itself.
+template <int R, class C>
+MC_INLINE void erase_add_backward_rows(
+    C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t W, const C* c, const C* e, const C* a, C* dc, C* de, C* da) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> s[4], x[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) s[r] = Vec<C>{}, x[r] = splat(c[r]);
+  const auto chunk = [&](int64_t w, auto get, auto put) __attribute__((always_inline)) {
+    const Vec<C> ev = load(e + w), av = load(a + w);
+    Vec<C> dev = load(de + w), dav = load(da + w);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const Vec<C> gv = get(g + r * ldg + w), q = gv * get(m + r * ldm + w);
+      s[r] += av * gv - ev * q;
+      dev -= x[r] * q;
+      dav += x[r] * gv;
+      put(dm + r * lddm + w, gv - gv * (x[r] * ev));
+    }
+    store(de + w, dev);
+    store(da + w, dav);
+  };
+  int64_t w = 0;
+  for (; w + L <= W; w += L)
+    chunk(w, [](const C* p) { return load(p); }, [](C* p, Vec<C> v) { store(p, v); });
+  if (w < W) {
+    const int part = (int)(W - w);
+    chunk(w, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vec<C> v) { store_part(p, v, part); });
+  }
+  if (R == 4) {
+    C t[4];
+    sum4(s[0], s[1], s[2], s[3], t);
+    for (int r = 0; r < R; r++) dc[r] += t[r];
+  } else {
+    dc[0] += sum<C>(s[0]);
+  }
+}
+
 template <class C>
 MC_INLINE void erase_add_backward_one(
     C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, const C* e, const C* a, C* dc, C* de, C* da) {
-  constexpr int L = Lanes<C>::n, R = 4;
-  for (int64_t n = 0; n < rows; n += R) {
-    const int64_t valid = rows - n < R ? rows - n : R;
-    Vec<C> s[R], x[R];
-    for (int r = 0; r < R; r++) s[r] = Vec<C>{}, x[r] = splat(r < valid ? c[n + r] : (C)0);
-    for (int64_t w = 0; w < W; w += L) {
-      const int part = W - w < L ? (int)(W - w) : L;
-      const Vec<C> ev = load(e + w), av = load(a + w);
-      Vec<C> dev = load(de + w), dav = load(da + w);
-      for (int r = 0; r < R; r++) {
-        if (r >= valid) break;
-        const Vec<C> gv = part == L ? load(g + (n + r) * ldg + w) : load_part(g + (n + r) * ldg + w, part);
-        const Vec<C> mv = part == L ? load(m + (n + r) * ldm + w) : load_part(m + (n + r) * ldm + w, part);
-        const Vec<C> q = gv * mv;
-        s[r] += av * gv - ev * q;
-        dev -= x[r] * q;
-        dav += x[r] * gv;
-        const Vec<C> d = gv - gv * (x[r] * ev);
-        if (part == L) store(dm + (n + r) * lddm + w, d);
-        else store_part(dm + (n + r) * lddm + w, d, part);
-      }
-      store(de + w, dev);
-      store(da + w, dav);
-    }
-    C t[4];
-    sum4(s[0], s[1], s[2], s[3], t);
-    for (int64_t r = 0; r < valid; r++) dc[n + r] += t[r];
-  }
+  int64_t n = 0;
+  for (; n + 4 <= rows; n += 4)
+    erase_add_backward_rows<4>(dm + n * lddm, lddm, g + n * ldg, ldg, m + n * ldm, ldm, W, c + n, e, a, dc + n, de, da);
+  for (; n < rows; n++)
+    erase_add_backward_rows<1>(dm + n * lddm, lddm, g + n * ldg, ldg, m + n * ldm, ldm, W, c + n, e, a, dc + n, de, da);
 }
 
 // `scratch` holds (2 H + 1) vectors.

@@ -46,7 +46,16 @@ template <class T> struct AccOf { typedef float type; };
 template <> struct AccOf<double> { typedef double type; };
 template <class T> using Acc = typename AccOf<T>::type;
 
-template <class C> MC_INLINE Vec<C> splat(C x) { return Vec<C>{} + x; }
+#if defined(__AVX512F__)
+MC_INLINE Vec<float> splat(float x) { return (Vec<float>)_mm512_set1_ps(x); }
+MC_INLINE Vec<double> splat(double x) { return (Vec<double>)_mm512_set1_pd(x); }
+#elif defined(__AVX2__)
+MC_INLINE Vec<float> splat(float x) { return (Vec<float>)_mm256_set1_ps(x); }
+MC_INLINE Vec<double> splat(double x) { return (Vec<double>)_mm256_set1_pd(x); }
+#else
+MC_INLINE Vec<float> splat(float x) { return Vec<float>{x, x, x, x}; }
+MC_INLINE Vec<double> splat(double x) { return Vec<double>{x, x}; }
+#endif
 template <class C> constexpr C infinity() { return (C)__builtin_inf(); }
 
 MC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -83,20 +92,43 @@ template <class C> MC_INLINE Vec<C> load_part(const C* p, int n) {
 }
 #endif
 // Piecewise: masked stores are microcoded on some CPUs.
-template <class C> MC_INLINE void store_part(C* p, Vec<C> v, int n) {
-  C x[Lanes<C>::n];
-  std::memcpy(x, &v, sizeof v);
-  int i = 0;
-  if (sizeof(C) == 4 && (n & 4)) { std::memcpy(p, x, 16); i = 4; }
-  if (n & 2) { std::memcpy(p + i, x + i, 2 * sizeof(C)); i += 2; }
-  if (n & 1) p[i] = x[i];
+#if defined(__AVX2__)
+MC_INLINE void store_part(float* p, Vec<float> v, int n) {
+  __m128 x = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, x);
+    x = _mm256_extractf128_ps((__m256)v, 1), p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi((__m64*)p, x);
+    x = _mm_movehl_ps(x, x), p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, x);
 }
+MC_INLINE void store_part(double* p, Vec<double> v, int n) {
+  __m128d x = _mm256_castpd256_pd128((__m256d)v);
+  if (n & 2) {
+    _mm_storeu_pd(p, x);
+    x = _mm256_extractf128_pd((__m256d)v, 1), p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, x);
+}
+#else
+template <class C> MC_INLINE void store_part(C* p, Vec<C> v, int n) {
+  for (int i = 0; i < n; i++) p[i] = v[i];
+}
+#endif
 #endif
 
 template <class C> MC_INLINE Vec<C> load_n(const C* p, int n) { return n >= Lanes<C>::n ? load(p) : load_part(p, n); }
 template <class C> MC_INLINE void store_n(C* p, Vec<C> v, int n) {
   if (n >= Lanes<C>::n) store(p, v);
   else store_part(p, v, n);
+}
+
+// The cache lines of `bytes` bytes, to be read or (WRITE) overwritten soon.
+template <bool WRITE> MC_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, WRITE ? 1 : 0, 3);
 }
 
 // ---- storage types ----
