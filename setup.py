@@ -12,7 +12,6 @@ namespace memcore::MC_ISA; every other `csrc/**/*.cpp` once. torch is found, nev
 and libtorch_cpu alone, and one binary serves every torch from TORCH on and every CPython from 3.10 on.
 """
 
-import fcntl
 import os
 import platform
 import re
@@ -52,6 +51,8 @@ def why_not_native() -> str | None:
     """What keeps the native library from being built, or None."""
     if NATIVE == "0":
         return "MEMCORE_BUILD_NATIVE=0"
+    if os.name != "posix":
+        return "it is built on Linux and macOS only"
     if find_spec("torch") is None:
         return (
             "torch is not importable at build time; install it first, then memcore without build isolation: "
@@ -123,6 +124,8 @@ class Target:
 
 def build_library() -> Path:
     """Compile and link what is out of date; the path of the library."""
+    import fcntl
+
     torch = Path(find_spec("torch").origin).parent
     cxx = compiler()
     key = f"{run([*cxx, '--version']).splitlines()[0]}; torch {version('torch')}"
