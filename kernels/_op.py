@@ -77,7 +77,6 @@ def register(
     *,
     outputs: int = 1,
     differentiable: Sequence[str] = (),
-    saves: Sequence[int] = (),
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Define `memcore::<name>_fwd` and, if anything is differentiable, `memcore::<name>_bwd`.
 
@@ -88,11 +87,11 @@ def register(
         fake: shape function on exactly these arguments.
         outputs: how many tensors the forward returns.
         differentiable: input names that get a gradient. The backward's schema is (gradients of the outputs, each may
-            be None, then the inputs, then the saved outputs) -> one gradient for each of these, empty for a None input.
-        saves: indices of the outputs that the backward wants.
+            be None, then the inputs) -> one gradient for each of these, empty for a None input. Nothing but the inputs is saved.
 
     Returns:
-        The forward's overload, bound once.
+        A function that calls the operator. Eager autograd takes a short way (`_eager`): the registered formula costs several
+        layers of Python more on every call, and serves the compiler, export and direct users of torch.ops.memcore.
     """
     args = _parse(inputs)
     diff = [i for i, a in enumerate(args) if a.name in differentiable]
@@ -112,9 +111,8 @@ def register(
         return fwd
 
     grads = ", ".join(f"Tensor? grad_{i}" for i in range(outputs))
-    kept = "".join(f", Tensor out_{i}" for i in saves)
     one = len(diff) == 1
-    library.define(f"{name}_bwd({grads}, {inputs}{kept}) -> " + ("Tensor" if one else "(" + ", ".join(["Tensor"] * len(diff)) + ")"))
+    library.define(f"{name}_bwd({grads}, {inputs}) -> " + ("Tensor" if one else "(" + ", ".join(["Tensor"] * len(diff)) + ")"))
 
     def vjp(gs, xs, create_graph):
         """Gradients of the tracked inputs xs[diff] from output gradients gs, through the reference."""
@@ -134,7 +132,7 @@ def register(
         return [some.new_empty(0) if xs[i] is None else next(found) for i in diff]
 
     def backward(*flat):
-        gs, xs = flat[:outputs], list(flat[outputs : outputs + len(args)])
+        gs, xs = flat[:outputs], list(flat[outputs:])
         tracked = list(xs)
         with _autograd_on(), torch.enable_grad():
             for i in diff:
@@ -144,7 +142,7 @@ def register(
         return out[0] if one else out
 
     def fake_backward(*flat):
-        xs = flat[outputs : outputs + len(args)]
+        xs = flat[outputs:]
         some = next(x for x in xs if x is not None)
         out = tuple(some.new_empty(0) if xs[i] is None else some.new_empty(xs[i].shape) for i in diff)
         return out[0] if one else out
@@ -161,14 +159,13 @@ def register(
     tail_grads = (None,) * n_rest
 
     def setup(ctx, inputs, output):
-        ys = (output,) if outputs == 1 else output
-        ctx.save_for_backward(*inputs[:n_tensors], *[ys[i] for i in saves])
+        ctx.save_for_backward(*inputs[:n_tensors])
         ctx.rest = inputs[n_tensors:]
         ctx.set_materialize_grads(False)
 
     def call_backward(ctx, *gs):
         saved = ctx.saved_tensors
-        found = bwd(*gs, *saved[:n_tensors], *ctx.rest, *saved[n_tensors:])
+        found = bwd(*gs, *saved, *ctx.rest)
         grads = [None] * n_tensors
         for i, g in zip(diff, (found,) if one else found):
             if saved[i] is not None:
@@ -179,7 +176,7 @@ def register(
 
     def setup_bwd(ctx, inputs, output):
         ctx.save_for_backward(*inputs[: outputs + n_tensors])
-        ctx.rest = inputs[outputs + n_tensors : outputs + len(args)]
+        ctx.rest = inputs[outputs + n_tensors :]
         ctx.set_materialize_grads(False)
 
     def backward_of_backward(ctx, *ggs):
@@ -205,7 +202,53 @@ def register(
         for i in diff:
             if xs[i] is not None:
                 dx[i] = next(second)
-        return (*result, *dx, *tail_grads, *([None] * len(saves)))
+        return (*result, *dx, *tail_grads)
 
     torch.library.register_autograd(f"memcore::{name}_bwd", backward_of_backward, setup_context=setup_bwd, lib=library)
-    return fwd
+    every = len(diff) == n_tensors and all(a.type == "Tensor" for a in args[:n_tensors])
+    return _eager(name, fwd, bwd, n_tensors, n_rest, diff, every)
+
+
+def _eager(name: str, fwd: Callable, bwd: Callable, n_tensors: int, n_rest: int, diff: list[int], every: bool) -> Callable:
+    """Calls `fwd`; where a gradient is wanted outside the compiler, through an autograd.Function around the bare kernels."""
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    tail = (None,) * n_rest
+
+    def forward(ctx, *args):
+        ctx.save_for_backward(*args[:n_tensors])
+        ctx.rest = args[n_tensors:]
+        ctx.set_materialize_grads(False)
+        with below_autograd():
+            return fwd(*args)
+
+    def backward(ctx, *gs):
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            found = bwd(*gs, *saved, *ctx.rest)
+        else:
+            with below_autograd():
+                found = bwd(*gs, *saved, *ctx.rest)
+        if isinstance(found, Tensor):
+            found = (found,)
+        if every:  # every tensor argument is differentiable and present
+            return (*found, *tail)
+        grads = [None] * n_tensors
+        for i, g in zip(diff, found):
+            if saved[i] is not None:
+                grads[i] = g
+        return (*grads, *tail)
+
+    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    apply = function.apply
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return fwd(*args)
+        if torch.is_grad_enabled():
+            for t in args[:n_tensors]:
+                if t is not None and t.requires_grad:
+                    return apply(*args)
+        with below_autograd():
+            return fwd(*args)
+
+    return call

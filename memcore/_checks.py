@@ -18,8 +18,20 @@ def common(op: str, *named: tuple[str, Tensor | None]) -> list[Tensor | None]:
         TypeError: for anything but a floating tensor.
         RuntimeError: for tensors on different devices.
     """
+    first = named[0][1]
+    if isinstance(first, Tensor) and first.dtype in _FLOATS:
+        dtype, device = first.dtype, first.device
+        for _, t in named:
+            if t is not None and not (isinstance(t, Tensor) and t.dtype == dtype and t.device == device):
+                break
+        else:
+            return [t for _, t in named]
+    return _promoted(op, named)
+
+
+def _promoted(op: str, named: tuple[tuple[str, Tensor | None], ...]) -> list[Tensor | None]:
     first_name, first = named[0]
-    mixed = False
+    dtype = None
     for name, t in named:
         if t is None:
             continue
@@ -28,16 +40,8 @@ def common(op: str, *named: tuple[str, Tensor | None]) -> list[Tensor | None]:
         if t.dtype not in _FLOATS:
             raise TypeError(f"memcore.{op}: {name!r} must be float64, float32, bfloat16 or float16, got {t.dtype}")
         if t.device != first.device:
-            raise RuntimeError(
-                f"memcore.{op}: {name!r} must be on the device of {first_name!r} ({first.device}), got {t.device}"
-            )
-        mixed = mixed or t.dtype != first.dtype
-    if not mixed:
-        return [t for _, t in named]
-    dtype = first.dtype
-    for _, t in named:
-        if t is not None:
-            dtype = torch.promote_types(dtype, t.dtype)
+            raise RuntimeError(f"memcore.{op}: {name!r} must be on the device of {first_name!r} ({first.device}), got {t.device}")
+        dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
     return [None if t is None else t.to(dtype) for _, t in named]
 
 

@@ -33,13 +33,13 @@ std::tuple<Tensor, Tensor, Tensor> content_addressing_bwd(
   Tensor dkey = make_like(key), dmemory = make_like(memory), dstrength = strength ? make_like(*strength) : make(key, {0});
   a.grad = in(g), a.dkey = out(dkey), a.dmemory = out(dmemory), a.dstrength = out(dstrength);
   std::vector<char> coefficients;
-  if (a.memory_stride == 0) {
+  if (memory.dim() == 2) {
     coefficients.resize((size_t)(a.B * a.coefficient_size()) * (a.dtype == DType::f64 ? 8 : 4) + 1);
     a.coefficients = coefficients.data();
   }
   auto* kernel = MC_PICK(content_addressing_bwd);
   parallel(a.B, 3 * a.H * a.N * (a.W + 16), [&](int64_t b, int64_t e) { kernel(a, b, e); });
-  if (a.memory_stride == 0) {
+  if (memory.dim() == 2) {
     auto* rows = MC_PICK(content_addressing_bwd_shared);
     parallel(a.N, a.B * a.H * a.W, [&](int64_t n, int64_t e) { rows(a, n, e); });
   }

@@ -24,8 +24,17 @@ template <class T> struct Element {
   const bool* mask(int64_t b) const { return a.mask ? a.mask + b * a.N : nullptr; }
   C strength(int64_t b, int64_t h) const { return a.strength ? (C)wide(((const T*)a.strength)[b * a.H + h]) : (C)1; }
 
+  // No usable slot: weights and gradients are 0 whatever key and strength hold.
+  bool unusable(int64_t b) const {
+    const bool* m = mask(b);
+    for (int64_t n = 0; m && n < a.N; n++)
+      if (m[n]) return false;
+    return m != nullptr;
+  }
+
   void similar(int64_t b) {
     widen_rows(s.key, (const T*)a.key + b * a.H * a.W, a.H, a.W, s.Wp);
+    if (unusable(b)) fill(s.key, a.H * s.Wp, (C)0);
     s.forward(memory(b), mask(b), block);
   }
 };
@@ -48,10 +57,11 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
   const int64_t Np = e.s.Np, Wp = e.s.Wp, step = block_rows<C>(a.W);
   for (int64_t b = begin; b < end; b++) {
     e.similar(b);
+    const bool none = e.unusable(b);
     widen_rows(e.dweights, (const T*)a.grad + b * a.H * a.N, a.H, a.N, Np);
     for (int64_t h = 0; h < a.H; h++) {
       const C* sim = e.s.sim + h * Np;
-      const C beta = e.strength(b, h), extreme = softmax<C>(e.weights + h * Np, sim, a.N, Np, beta, e.mask(b));
+      const C beta = none ? 0 : e.strength(b, h), extreme = softmax<C>(e.weights + h * Np, sim, a.N, Np, beta, e.mask(b));
       const C d = softmax_backward<C>(e.dweights + h * Np, e.weights + h * Np, sim, extreme, Np, beta);
       if (a.strength) put((T*)a.dstrength + b * a.H + h, d);
     }

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_addressin
     OptionalTensor grad, Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
   Inputs x{key, memory, strength, gate, shift, gamma, previous};
   AddressingArgs a = x.arguments();
-  const bool shared = a.memory_stride == 0;
+  const bool shared = memory.dim() == 2;
   Tensor g = dense_or_zero(grad, previous, {a.B, a.H, a.N});
   // A shared memory's gradient is the sum of the elements' own.
   Tensor dmemory = shared ? make(memory, {a.B, a.N, a.W}) : make_like(memory);

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> read_bwd(OptionalTensor grad, Tensor memory, Tensor w
   a.grad = in(g), a.dmemory = out(dmemory), a.dweights = out(dweights);
   auto* kernel = MC_PICK(read_bwd);
   parallel(a.B, 2 * a.H * a.N * a.W, [&](int64_t b, int64_t e) { kernel(a, b, e); });
-  if (a.memory_stride == 0) {
+  if (memory.dim() == 2) {
     auto* rows = MC_PICK(read_bwd_shared);
     parallel(a.N, a.B * a.H * a.W, [&](int64_t n, int64_t e) { rows(a, n, e); });
   }
