@@ -38,7 +38,7 @@ template <class C> MC_INLINE void fill(C* p, int64_t n, C x) {
 
 // The first `valid` lanes of v, 0 in the others.
 template <class C> MC_INLINE Vec<C> first(Vec<C> v, int64_t valid) {
-  if (valid < Lanes<C>::n)
+  if (__builtin_expect(valid < Lanes<C>::n, 0))
     for (int64_t i = valid; i < Lanes<C>::n; i++) v[i] = 0;
   return v;
 }
@@ -170,40 +170,56 @@ MC_INLINE void similarity_rows(
 
 // ---- softmax over strength * similarity ----
 
-// w = softmax(beta (sim - extreme)) over usable slots; returns the extreme, which every score is taken from.
-template <class C> inline C softmax(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
+// The usable similarity that scores are taken from: the greatest for a strength >= 0, else the least; NaN is passed over.
+template <class C> MC_INLINE C extreme_of(const C* sim, int64_t N, bool greatest, const bool* mask) {
   constexpr int L = Lanes<C>::n;
-  const bool up = beta >= 0;
-  C extreme = up ? -infinity<C>() : infinity<C>();
+  C extreme = greatest ? -infinity<C>() : infinity<C>();
+  Vec<C> x = splat(extreme);
+  int64_t n = 0;
   if (!mask) {
-    Vec<C> x = splat(extreme);
-    int64_t n = 0;
-    for (; n + L <= N; n += L) x = up ? vmax<C>(x, load(sim + n)) : vmin<C>(x, load(sim + n));
-    extreme = up ? max_of<C>(x) : min_of<C>(x);
-    for (; n < N; n++) extreme = (up ? sim[n] > extreme : sim[n] < extreme) || sim[n] != sim[n] ? sim[n] : extreme;
-  } else {
-    bool any = false;
-    for (int64_t n = 0; n < N; n++)
-      if (mask[n]) {
-        any = true;
-        extreme = (up ? sim[n] > extreme : sim[n] < extreme) || sim[n] != sim[n] ? sim[n] : extreme;
-      }
-    if (!any) {
-      fill(w, Np, (C)0);
-      return 0;
-    }
+    if (greatest)
+      for (; n + L <= N; n += L) x = running_max(x, load(sim + n));
+    else
+      for (; n + L <= N; n += L) x = running_min(x, load(sim + n));
+    extreme = greatest ? max_of<C>(x) : min_of<C>(x);
   }
+  for (; n < N; n++)
+    if (!mask || mask[n]) extreme = (greatest ? sim[n] > extreme : sim[n] < extreme) ? sim[n] : extreme;
+  return extreme;
+}
+
+// w = exp(beta (sim - extreme)) over usable slots, 0 elsewhere; returns the extreme and the reciprocal of the sum. A NaN score
+// makes the sum NaN, and so the row.
+template <class C> struct Scores {
+  C extreme, inverse;
+};
+template <class C> inline Scores<C> score(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
+  constexpr int L = Lanes<C>::n;
+  bool any = !mask && N > 0;
+  for (int64_t n = 0; mask && n < N && !any; n++) any = mask[n];
+  if (!any) {
+    fill(w, Np, (C)0);
+    return {0, 0};
+  }
+  C extreme = extreme_of(sim, N, beta >= 0, mask);
+  if (extreme == infinity<C>() || extreme == -infinity<C>()) extreme = extreme - extreme;  // nothing but NaN, or infinite scores
   Total<C> total;
   for (int64_t n = 0; n < Np; n += L) {
-    Vec<C> e = first<C>(exp(beta * (load(sim + n) - extreme)), N - n);
+    Vec<C> e = first<C>(exp_negative(beta * (load(sim + n) - extreme)), N - n);
     if (mask)
       for (int64_t i = 0; i < L && n + i < N; i++) e[i] = mask[n + i] ? e[i] : 0;
     store(w + n, e);
     total.add(e);
   }
-  const C inverse = 1 / total.value();
-  for (int64_t n = 0; n < Np; n += L) store(w + n, first<C>(load(w + n) * inverse, N - n));
-  return N > 0 ? extreme : 0;
+  return {extreme, 1 / total.value()};
+}
+// w = softmax(beta (sim - extreme)); returns the extreme.
+template <class C> inline C softmax(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
+  constexpr int L = Lanes<C>::n;
+  const Scores<C> s = score<C>(w, sim, N, Np, beta, mask);
+  for (int64_t n = 0; n < Np; n += L) store(w + n, load(w + n) * s.inverse);
+  fill(w + N, Np - N, (C)0);
+  return s.extreme;
 }
 
 // dw becomes dsim; returns dbeta.
@@ -230,11 +246,14 @@ template <class C> MC_INLINE void interpolate_row(C* out, const C* content, cons
 }
 
 // ring[i + R] = w[i mod N] for i in -R .. Np + R - 1, so that every shift is a plain offset; N > 0.
+template <class C> MC_INLINE void wrap(C* ring, int64_t N, int64_t Np, int64_t R) {
+  C* w = ring + R;
+  for (int64_t i = 1; i <= R; i++) w[-i] = w[N - 1 - (i - 1) % N];
+  for (int64_t i = N; i < Np + R; i++) w[i] = w[i - N];
+}
 template <class C> MC_INLINE void unroll(C* ring, const C* w, int64_t N, int64_t Np, int64_t R) {
   std::memcpy(ring + R, w, (size_t)N * sizeof(C));
-  for (int64_t i = 1, j = N - 1; i <= R; i++, j = j == 0 ? N - 1 : j - 1) ring[R - i] = w[j];
-  const int64_t end = Np + R;
-  for (int64_t i = N, j = 0; i < end; i++, j = j == N - 1 ? 0 : j + 1) ring[R + i] = w[j];
+  wrap(ring, N, Np, R);
 }
 template <class C> MC_INLINE int64_t ring_size(int64_t Np, int64_t R) { return Np + 2 * R; }
 
@@ -267,35 +286,40 @@ MC_INLINE void shift_backward(C* dw, C* ds, const C* dring, const C* ring, const
 
 // ---- sharpening ----
 
-// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)); ratio_log keeps log(w / extreme).
-template <class C> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)); ratio_log keeps log(w / extreme) for a backward.
+template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
   constexpr int L = Lanes<C>::n;
-  Vec<C> x = gamma >= 0 ? Vec<C>{} : splat(infinity<C>());
-  if (gamma >= 0)
-    for (int64_t n = 0; n < Np; n += L) x = vmax<C>(x, load(w + n));
-  else  // NaN gamma too
+  const C inf = infinity<C>();
+  Vec<C> x{};
+  if (gamma >= 0) {
+    for (int64_t n = 0; n < Np; n += L) x = running_max(x, load(w + n));
+  } else {  // NaN gamma too
+    x = splat(inf);
     for (int64_t n = 0; n < Np; n += L) {
       const Vec<C> v = load(w + n);
-      x = vmin<C>(x, v <= 0 ? splat(infinity<C>()) : v);
+      x = running_min(x, v <= 0 ? splat(inf) : v);
     }
-  C extreme = gamma >= 0 ? max_of<C>(x) : min_of<C>(x);
-  if (gamma != gamma) extreme = gamma;
-  else if (extreme == 0 || (gamma < 0 && extreme == infinity<C>())) {  // nothing positive
-    fill(p, Np, (C)0);
-    if (ratio_log) fill(ratio_log, Np, (C)0);
+  }
+  const C extreme = gamma >= 0 ? max_of<C>(x) : min_of<C>(x);
+  if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == inf)) {  // NaN, or nothing positive
+    C nan = gamma != gamma ? gamma : 0;
+    for (int64_t n = 0; n < N; n++) nan = w[n] != w[n] ? w[n] : nan;
+    fill(p, N, nan), fill(p + N, Np - N, (C)0);
+    if (LOG) fill(ratio_log, Np, (C)0);
     return;
   }
   Total<C> total;
   for (int64_t n = 0; n < Np; n += L) {
     const Vec<C> v = load(w + n);
-    const Vec<C> l = v <= 0 ? Vec<C>{} : log(v / extreme);
-    const Vec<C> e = v <= 0 ? Vec<C>{} : exp(gamma * l);
-    if (ratio_log) store(ratio_log + n, l);
+    const IVec<C> none = v <= 0;
+    const Vec<C> l = log_positive(v / extreme), e = none ? Vec<C>{} : exp_negative(gamma * l);
+    if (LOG) store(ratio_log + n, none ? Vec<C>{} : l);
     store(p + n, e);
     total.add(e);
   }
-  const C sum = total.value(), inverse = extreme != extreme ? extreme : 1 / sum;
-  for (int64_t n = 0; n < Np; n += L) store(p + n, first<C>(load(p + n) * inverse, N - n));
+  const C inverse = 1 / total.value();
+  for (int64_t n = 0; n < Np; n += L) store(p + n, load(p + n) * inverse);
+  fill(p + N, Np - N, (C)0);
 }
 
 // dp becomes dw; returns dgamma.
@@ -343,17 +367,25 @@ template <class C> struct Addressing {
     a.take(row, ring_size<C>(Np, R));
   }
   // Keys, parameters and previous are in place.
-  template <class T> void forward(const T* memory, C* block) {
+  template <bool BACKWARD, class T> void forward(const T* memory, C* block) {
+    constexpr int L = Lanes<C>::n;
     similar.forward(memory, nullptr, block);
     const int64_t N = similar.N, Np = similar.Np;
     if (N == 0) return;
     for (int64_t h = 0; h < similar.H; h++) {
-      C *wc = content + h * Np, *rg = ring + h * ring_size<C>(Np, R), *ws = shifted + h * Np;
-      extreme[h] = softmax<C>(wc, similar.sim + h * Np, N, Np, beta[h], nullptr);
-      interpolate_row(row, wc, previous + h * Np, gate[h], Np);
-      unroll(rg, row, N, Np, R);
+      C *wc = content + h * Np, *pr = previous + h * Np, *rg = ring + h * ring_size<C>(Np, R), *ws = shifted + h * Np;
+      const Scores<C> e = score<C>(wc, similar.sim + h * Np, N, Np, beta[h], nullptr);
+      extreme[h] = e.extreme;
+      const C g = gate[h], keep = 1 - g;
+      for (int64_t n = 0; n < Np; n += L) {
+        const Vec<C> c = load(wc + n) * e.inverse;
+        if (BACKWARD) store(wc + n, c);
+        store(rg + R + n, g * c + keep * load(pr + n));
+      }
+      if (BACKWARD) fill(wc + N, Np - N, (C)0);
+      wrap(rg, N, Np, R);
       shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
-      sharpen_row(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
+      sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
     }
   }
   // dw [H, Np]: gradient of the weights in, of the similarities out. The other gradients are [H] and [H, 2R + 1]; dprevious [H, Np].

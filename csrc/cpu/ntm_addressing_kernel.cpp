@@ -26,23 +26,23 @@ template <class T> struct Heads {
   }
   const T* memory(int64_t b) const { return (const T*)a.memory + b * a.memory_stride; }
 
-  void address(int64_t b) {
+  template <bool BACKWARD> void address(int64_t b) {
     const int64_t H = a.H;
     widen_rows(s.similar.key, (const T*)a.key + b * H * a.W, H, a.W, Wp);
     widen(s.beta, (const T*)a.strength + b * H, H), widen(s.gate, (const T*)a.gate + b * H, H);
     widen(s.gamma, (const T*)a.gamma + b * H, H), widen(s.shift, (const T*)a.shift + b * H * a.S, H * a.S);
     widen_rows(s.previous, (const T*)a.previous + b * H * a.N, H, a.N, Np);
-    s.forward(memory(b), block);
+    s.template forward<BACKWARD>(memory(b), block);
   }
 
   void forward(int64_t b) {
-    address(b);
+    address<false>(b);
     narrow_rows((T*)a.weights + b * a.H * a.N, s.weights, a.H, a.N, Np);
   }
 
   void backward(int64_t b) {
     const int64_t H = a.H;
-    address(b);
+    address<true>(b);
     widen_rows(dw, (const T*)a.grad + b * H * a.N, H, a.N, Np);
     s.backward(dw, dbeta, dgate, dshift, dgamma, dprevious);
     s.similar.backward(dw, own, key_own);

@@ -39,15 +39,15 @@ template <class T> struct Step {
 
   const T* memory(int64_t b) const { return (const T*)a.memory + b * a.N * a.W; }
 
-  void address(int64_t b) {
+  template <bool BACKWARD> void address(int64_t b) {
     widen(x, (const T*)a.interface + b * I, I);
     activate(p, x, l);
     widen_rows(s.previous, (const T*)a.previous + b * H * a.N, H, a.N, Np);
-    s.forward(memory(b), block);
+    s.template forward<BACKWARD>(memory(b), block);
   }
 
   void forward(int64_t b) {
-    address(b);
+    address<false>(b);
     narrow_rows((T*)a.weights + b * H * a.N, s.weights, H, a.N, Np);
     fill(reads, a.R * Wp, (C)0);
     for (int64_t n = 0; n < a.N; n += step) {
@@ -68,7 +68,7 @@ template <class T> struct Step {
   }
 
   void backward(int64_t b) {
-    address(b);
+    address<true>(b);
     if (a.grad_weights) widen_rows(dw, (const T*)a.grad_weights + b * H * a.N, H, a.N, Np);
     else fill(dw, H * Np, (C)0);
     const bool reading = a.grad_reads && a.R > 0;

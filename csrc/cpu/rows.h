@@ -32,76 +32,80 @@ template <class T> MC_INLINE const Acc<T>* widened(const T* rows, int64_t count,
 
 // ---- dots ----
 
-// R rows by HB keys in registers. Every row is summed in the same order whatever its position.
+// R rows by HB keys (and the rows with themselves) in registers. Every row is summed in the same order whatever its position.
 template <int R, int HB, bool NORM, class C>
-MC_INLINE void dots_tile(const C* const* m, int64_t W, const C* k, int64_t ldk, C* const* out, int64_t at, int64_t valid, C* norm2) {
-  constexpr int L = Lanes<C>::n;
-  Vec<C> acc[HB > 0 ? HB : 1][R], nrm[R];
-  for (int r = 0; r < R; r++) {
-    nrm[r] = Vec<C>{};
-    for (int h = 0; h < HB; h++) acc[h][r] = Vec<C>{};
-  }
+MC_INLINE void dots_tile(const C* const* m, int64_t W, const C* k, int64_t ldk, C* const* out, int64_t at, int64_t valid) {
+  constexpr int L = Lanes<C>::n, A = HB + NORM;
+  Vec<C> acc[A > 0 ? A : 1][R];
+#pragma GCC unroll 8
+  for (int h = 0; h < A; h++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) acc[h][r] = Vec<C>{};
+  const auto chunk = [&](int64_t w, auto get) __attribute__((always_inline)) {
+    Vec<C> row[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) row[r] = get(m[r] + w);
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> key = load(k + h * ldk + w);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) acc[h][r] += key * row[r];
+    }
+    if (NORM)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) acc[HB][r] += row[r] * row[r];
+  };
   int64_t w = 0;
-  for (; w + L <= W; w += L) {
-    Vec<C> row[R];
-    for (int r = 0; r < R; r++) row[r] = load(m[r] + w);
-    for (int h = 0; h < HB; h++) {
-      const Vec<C> key = load(k + h * ldk + w);
-      for (int r = 0; r < R; r++) acc[h][r] += key * row[r];
-    }
-    if (NORM)
-      for (int r = 0; r < R; r++) nrm[r] += row[r] * row[r];
-  }
+  for (; w + L <= W; w += L) chunk(w, [](const C* p) { return load(p); });
   if (w < W) {
-    Vec<C> row[R];
-    for (int r = 0; r < R; r++) row[r] = load_part(m[r] + w, (int)(W - w));
-    for (int h = 0; h < HB; h++) {
-      const Vec<C> key = load(k + h * ldk + w);
-      for (int r = 0; r < R; r++) acc[h][r] += key * row[r];
-    }
-    if (NORM)
-      for (int r = 0; r < R; r++) nrm[r] += row[r] * row[r];
+    const int part = (int)(W - w);
+    chunk(w, [part](const C* p) { return load_part(p, part); });
   }
   C x[4];
-  for (int h = 0; h < HB + (NORM ? 1 : 0); h++) {
-    const Vec<C>* v = NORM && h == HB ? nrm : acc[h < HB ? h : 0];
-    C* to = NORM && h == HB ? norm2 : out[h];
-    if (R == 4) {
-      sum4(v[0], v[1], v[2], v[R == 4 ? 3 : 0], x);
-    } else {
-      sum4(v[0], v[R > 1 ? 1 : 0], v[0], v[0], x);
-    }
-    if (valid == R) std::memcpy(to + at, x, R * sizeof(C));
-    else
-      for (int64_t r = 0; r < valid; r++) to[at + r] = x[r];
+  constexpr int per = 4 / R;  // accumulator rows that fit one sum4
+#pragma GCC unroll 8
+  for (int h = 0; h < A; h += per) {
+    const int g = h + 1 < A ? h + 1 : h;
+    if (R == 4) sum4(acc[h][0], acc[h][1], acc[h][R > 2 ? 2 : 0], acc[h][R > 3 ? 3 : 0], x);
+    else sum4(acc[h][0], acc[h][1], acc[g][0], acc[g][1], x);
+    for (int i = 0; i < per && h + i < A; i++)
+      if (valid == R) std::memcpy(out[h + i] + at, x + i * R, R * sizeof(C));
+      else
+        for (int64_t r = 0; r < valid; r++) out[h + i][at + r] = x[i * R + r];
   }
 }
 
 template <int R, int HB, bool NORM, class C>
 MC_INLINE void dots_rows(const C* m, int64_t ld, int64_t rows, int64_t W, const C* k, int64_t ldk, C* out, int64_t ldo, C* norm2) {
-  C* to[HB > 0 ? HB : 1];
+  C* to[HB + 1];
   for (int h = 0; h < HB; h++) to[h] = out + h * ldo;
+  to[HB] = norm2;
   for (int64_t n = 0; n < rows; n += R) {
     const int64_t valid = rows - n < R ? rows - n : R;
     const C* p[R];
     for (int r = 0; r < R; r++) p[r] = m + (n + (r < valid ? r : valid - 1)) * ld;
-    dots_tile<R, HB, NORM>(p, W, k, ldk, to, n, valid, norm2);
+    dots_tile<R, HB, NORM>(p, W, k, ldk, to, n, valid);
   }
 }
 
-// out[h][n] for all heads; norm2[n] too unless it is null.
+// out[h][n] for all heads; norm2[n] too unless it is null. Tiles fit sixteen registers.
 template <class C>
 inline void dots(const C* m, int64_t ld, int64_t rows, int64_t W, const C* k, int64_t ldk, int64_t H, C* out, int64_t ldo, C* norm2) {
   int64_t h = 0;
   if (norm2) {
     if (H == 0) return dots_rows<4, 0, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
     if (H == 1) return dots_rows<4, 1, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
-    dots_rows<4, 2, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
-    h = 2;
+    if (H == 2) return dots_rows<4, 2, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    if (H == 3) return dots_rows<2, 3, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    if (H == 4) return dots_rows<2, 4, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    dots_rows<2, 5, true>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+    h = 5;
   }
-  for (; h + 3 <= H; h += 3) dots_rows<4, 3, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
-  if (H - h == 2) dots_rows<4, 2, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
-  else if (H - h == 1) dots_rows<4, 1, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+  for (; H - h >= 4; h += 4) dots_rows<2, 4, false>(m, ld, rows, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+  k += h * ldk, out += h * ldo;
+  if (H - h == 3) dots_rows<4, 3, false>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+  else if (H - h == 2) dots_rows<4, 2, false>(m, ld, rows, W, k, ldk, out, ldo, norm2);
+  else if (H - h == 1) dots_rows<4, 1, false>(m, ld, rows, W, k, ldk, out, ldo, norm2);
 }
 
 // ---- gather ----
@@ -173,30 +177,55 @@ inline void gather(const C* m, int64_t ld, int64_t rows, int64_t W, const C* c, 
 
 // ---- scatter and erase_add ----
 
-// Vectors of one chunk of columns for HB heads stay in registers while the rows go by. OWN subtracts own[n] times the row of
-// `self` as well.
-template <int HB, bool ERASE, bool OWN, bool FULL, class C>
-MC_INLINE void scatter_chunk(
+// Vectors of NC chunks of columns for HB heads stay in registers while the rows go by; of the last chunk only `part` lanes are
+// there. OWN subtracts own[n] times the row of `self` as well.
+template <int HB, int NC, bool ERASE, bool OWN, bool FULL, class C>
+MC_INLINE void scatter_tile(
     C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int part, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda,
     const C* own, const C* self, int64_t lds) {
-  Vec<C> av[HB > 0 ? HB : 1], ev[HB > 0 ? HB : 1];
-  const C* x[HB > 0 ? HB : 1];
-#pragma GCC unroll 4
+  constexpr int L = Lanes<C>::n, HA = HB > 0 ? HB : 1;
+  Vec<C> av[HA][NC], ev[HA][NC];
+  const C* x[HA];
+#pragma GCC unroll 8
   for (int h = 0; h < HB; h++) {
-    av[h] = load(a + h * lda);
-    if (ERASE) ev[h] = load(e + h * lda);
     x[h] = c + h * ldc;
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++) {
+      av[h][j] = load(a + h * lda + j * L);
+      if (ERASE) ev[h][j] = load(e + h * lda + j * L);
+    }
   }
+  const auto get = [part](const C* p, int j) __attribute__((always_inline)) { return FULL || j + 1 < NC ? load(p + j * L) : load_part(p + j * L, part); };
   for (int64_t n = 0; n < rows; n++) {
-    Vec<C> v = !base ? Vec<C>{} : FULL ? load(base + n * ldb) : load_part(base + n * ldb, part);
-    if (ERASE)
+    Vec<C> v[NC];
 #pragma GCC unroll 4
-      for (int h = 0; h < HB; h++) v *= 1 - splat(x[h][n]) * ev[h];
+    for (int j = 0; j < NC; j++) v[j] = base ? get(base + n * ldb, j) : Vec<C>{};
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> s = splat(x[h][n]);
+      if (ERASE)
 #pragma GCC unroll 4
-    for (int h = 0; h < HB; h++) v += splat(x[h][n]) * av[h];
-    if (OWN) v -= splat(own[n]) * (FULL ? load(self + n * lds) : load_part(self + n * lds, part));
-    if (FULL) store(out + n * ldo, v);
-    else store_part(out + n * ldo, v, part);
+        for (int j = 0; j < NC; j++) v[j] *= 1 - s * ev[h][j];
+      if (!ERASE || HB == 1)
+#pragma GCC unroll 4
+        for (int j = 0; j < NC; j++) v[j] += s * av[h][j];
+    }
+    if (ERASE && HB > 1)  // all erasures, then all additions
+#pragma GCC unroll 8
+      for (int h = 0; h < HB; h++) {
+        const Vec<C> s = splat(x[h][n]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NC; j++) v[j] += s * av[h][j];
+      }
+    if (OWN) {
+      const Vec<C> s = splat(own[n]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NC; j++) v[j] -= s * get(self + n * lds, j);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++)
+      if (FULL || j + 1 < NC) store(out + n * ldo + j * L, v[j]);
+      else store_part(out + n * ldo + j * L, v[j], part);
   }
 }
 
@@ -206,11 +235,17 @@ MC_INLINE void scatter_heads(
     const C* own = nullptr, const C* self = nullptr, int64_t lds = 0) {
   constexpr int L = Lanes<C>::n;
   int64_t w = 0;
-  for (; w + L <= W; w += L)
-    scatter_chunk<HB, ERASE, OWN, true>(out + w, ldo, base ? base + w : base, ldb, rows, L, c, ldc, e + w, a + w, lda, own, self + w, lds);
-  if (w < W)
-    scatter_chunk<HB, ERASE, OWN, false>(
-        out + w, ldo, base ? base + w : base, ldb, rows, (int)(W - w), c, ldc, e + w, a + w, lda, own, self + w, lds);
+  for (; w + 2 * L <= W; w += 2 * L)
+    scatter_tile<HB, 2, ERASE, OWN, true>(out + w, ldo, base ? base + w : base, ldb, rows, L, c, ldc, e + w, a + w, lda, own, self + w, lds);
+  const int64_t left = W - w;
+  if (left > L)
+    scatter_tile<HB, 2, ERASE, OWN, false>(
+        out + w, ldo, base ? base + w : base, ldb, rows, (int)(left - L), c, ldc, e + w, a + w, lda, own, self + w, lds);
+  else if (left == L)
+    scatter_tile<HB, 1, ERASE, OWN, true>(out + w, ldo, base ? base + w : base, ldb, rows, L, c, ldc, e + w, a + w, lda, own, self + w, lds);
+  else if (left > 0)
+    scatter_tile<HB, 1, ERASE, OWN, false>(
+        out + w, ldo, base ? base + w : base, ldb, rows, (int)left, c, ldc, e + w, a + w, lda, own, self + w, lds);
 }
 
 // base may be null (zero) and may be out itself.
@@ -238,13 +273,14 @@ template <class C>
 inline void scatter_own(
     C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda,
     const C* own, const C* self, int64_t lds) {
-  const int64_t last = H % 4 ? H % 4 : H < 4 ? H : 4, before = H - last;  // the heads of the last sweep
+  const int64_t last = H < 6 ? H : (H - 1) % 5 + 1, before = H - last;  // the heads of the last sweep
   if (before > 0) {
     scatter(out, ldo, base, ldb, rows, W, c, ldc, before, a, lda);
     base = out, ldb = ldo;
   }
   c += before * ldc, a += before * lda;
-  if (last == 4) scatter_heads<4, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
+  if (last == 5) scatter_heads<5, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
+  else if (last == 4) scatter_heads<4, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
   else if (last == 3) scatter_heads<3, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
   else if (last == 2) scatter_heads<2, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);
   else if (last == 1) scatter_heads<1, false, true>(out, ldo, base, ldb, rows, W, c, ldc, a, a, lda, own, self, lds);

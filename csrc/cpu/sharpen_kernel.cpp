@@ -13,7 +13,7 @@ template <class T> void forward(const WeightArgs& a, int64_t begin, int64_t end)
   Arena arena([&](Arena& x) { x.take(w, Np), x.take(p, Np); });
   for (int64_t r = begin; r < end; r++) {
     widen_rows(w, (const T*)a.first + r * a.N, 1, a.N, Np);
-    sharpen_row(p, (C*)nullptr, w, (C)wide(((const T*)a.parameter)[r]), a.N, Np);
+    sharpen_row<C, false>(p, nullptr, w, (C)wide(((const T*)a.parameter)[r]), a.N, Np);
     narrow((T*)a.result + r * a.N, p, a.N);
   }
 }
@@ -27,7 +27,7 @@ template <class T> void backward(const WeightArgs& a, int64_t begin, int64_t end
     widen_rows(w, (const T*)a.first + r * a.N, 1, a.N, Np);
     widen_rows(grad, (const T*)a.grad + r * a.N, 1, a.N, Np);
     const C gamma = wide(((const T*)a.parameter)[r]);
-    sharpen_row(p, l, w, gamma, a.N, Np);
+    sharpen_row<C, true>(p, l, w, gamma, a.N, Np);
     put((T*)a.dparameter + r, sharpen_backward(grad, p, l, w, gamma, Np));
     narrow((T*)a.dfirst + r * a.N, grad, a.N);
   }

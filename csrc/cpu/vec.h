@@ -258,76 +258,83 @@ MC_INLINE void sum4(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, 
 }
 MC_INLINE float root(float x) { return __builtin_sqrtf(x); }
 MC_INLINE double root(double x) { return __builtin_sqrt(x); }
-// A NaN anywhere makes the result NaN.
-template <class C> MC_INLINE Vec<C> vmax(Vec<C> a, Vec<C> b) { return (a > b) | (a != a) ? a : b; }
-template <class C> MC_INLINE Vec<C> vmin(Vec<C> a, Vec<C> b) { return (a < b) | (a != a) ? a : b; }
+// Running extremes pass over NaN in `x`.
+#if defined(__AVX512F__)
+MC_INLINE Vec<float> running_max(Vec<float> m, Vec<float> x) { return (Vec<float>)_mm512_max_ps((__m512)x, (__m512)m); }
+MC_INLINE Vec<float> running_min(Vec<float> m, Vec<float> x) { return (Vec<float>)_mm512_min_ps((__m512)x, (__m512)m); }
+#elif defined(__AVX2__)
+MC_INLINE Vec<float> running_max(Vec<float> m, Vec<float> x) { return (Vec<float>)_mm256_max_ps((__m256)x, (__m256)m); }
+MC_INLINE Vec<float> running_min(Vec<float> m, Vec<float> x) { return (Vec<float>)_mm256_min_ps((__m256)x, (__m256)m); }
+#else
+MC_INLINE Vec<float> running_max(Vec<float> m, Vec<float> x) { return x > m ? x : m; }
+MC_INLINE Vec<float> running_min(Vec<float> m, Vec<float> x) { return x < m ? x : m; }
+#endif
+MC_INLINE Vec<double> running_max(Vec<double> m, Vec<double> x) { return x > m ? x : m; }
+MC_INLINE Vec<double> running_min(Vec<double> m, Vec<double> x) { return x < m ? x : m; }
 template <class C> MC_INLINE C max_of(Vec<C> v) {
   C m = v[0];
-  for (int i = 1; i < Lanes<C>::n; i++) m = (v[i] > m) | (v[i] != v[i]) ? v[i] : m;
+  for (int i = 1; i < Lanes<C>::n; i++) m = v[i] > m ? v[i] : m;
   return m;
 }
 template <class C> MC_INLINE C min_of(Vec<C> v) {
   C m = v[0];
-  for (int i = 1; i < Lanes<C>::n; i++) m = (v[i] < m) | (v[i] != v[i]) ? v[i] : m;
+  for (int i = 1; i < Lanes<C>::n; i++) m = v[i] < m ? v[i] : m;
   return m;
 }
 
 // ---- exponential and logarithm ----
 
-// exp in single precision: 2^k e^r with |r| <= ln2 / 2 and Moshier's minimax coefficients (Cephes); relative error 2e-7;
+// exp in single precision: 2^k e^r with |r| <= ln2 / 2 and Moshier's minimax coefficients (Cephes), relative error 2e-7;
 // below -87.3 it is 0 (no subnormal results).
-MC_INLINE Vec<float> exp(Vec<float> x) {
-  const Vec<float> lo = splat(-87.33654f), hi = splat(88.72284f);
-  const Vec<float> c = x > hi ? splat(88.72284f) : x;
-  Vec<float> k = c * 1.44269504088896341f;
-  k = (k + 12582912.0f) - 12582912.0f;  // to nearest
-  Vec<float> r = c - k * 0.693359375f;
+MC_INLINE Vec<float> exp_reduced(Vec<float> t, Vec<float> x) {
+  const Vec<float> k = t - 12582912.0f;
+  Vec<float> r = x - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;
-  Vec<float> p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const Vec<float> r2 = r * r;
+  const Vec<float> low = 1.6666665459e-1f * r + 5.0000001201e-1f, mid = 8.3334519073e-3f * r + 4.1665795894e-2f;
+  const Vec<float> high = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  return ((high * r2 + mid) * r2 + low) * r2 + (r + 1.0f);
+}
+// For x <= 0; other x give anything but a trap, NaN gives NaN.
+MC_INLINE Vec<float> exp_negative(Vec<float> x) {
+  const Vec<float> t = x * 1.44269504088896341f + 12582912.0f;  // the low bits hold x / ln2 to the nearest integer
+  const Vec<float> scale = (Vec<float>)(((IVec<float>)t << 23) + 0x3f800000);
+  return x < -87.33654f ? Vec<float>{} : exp_reduced(t, x) * scale;
+}
+MC_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> c = x > 88.72284f ? splat(88.72284f) : x;
+  const Vec<float> t = c * 1.44269504088896341f + 12582912.0f;
   // 2^k in two factors: k reaches 128.
-  const IVec<float> i = __builtin_convertvector(k, IVec<float>);
-  const IVec<float> h = i >> 1;
-  const Vec<float> y = p * (Vec<float>)((h + 127) << 23) * (Vec<float>)((i - h + 127) << 23);
-  return x < lo ? Vec<float>{} : x > hi ? splat(infinity<float>()) : x != x ? x : y;
+  const IVec<float> k = (IVec<float>)t - 0x4b400000, h = k >> 1;  // 0x4b400000: the bits of 12582912
+  const Vec<float> y = exp_reduced(t, c) * (Vec<float>)((h + 127) << 23) * (Vec<float>)((k - h + 127) << 23);
+  return x < -87.33654f ? Vec<float>{} : x > 88.72284f ? splat(infinity<float>()) : x != x ? x : y;
+}
+MC_INLINE Vec<double> exp_negative(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_exp(x[i]);
+  return x;
 }
 MC_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_exp(x[i]);
   return x;
 }
-// log in single precision, Moshier's coefficients (relative error 2e-7), subnormals included; log 0 = -inf.
-MC_INLINE Vec<float> log(Vec<float> x) {
+// log of a positive number in single precision, Moshier's coefficients (relative error 2e-7), subnormals included; NaN gives NaN.
+MC_INLINE Vec<float> log_positive(Vec<float> x) {
   const IVec<float> tiny = x < 1.17549435e-38f;
-  const Vec<float> s = tiny ? x * 8388608.0f : x;
-  IVec<float> bits = (IVec<float>)s;
-  const IVec<float> e = ((bits - 0x3f3504f3) >> 23);  // sqrt(1/2) <= m < sqrt(2)
+  const IVec<float> bits = (IVec<float>)(tiny ? x * 8388608.0f : x);
+  const IVec<float> e = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) <= m < sqrt(2)
   const Vec<float> m = (Vec<float>)(bits - (e << 23)) - 1.0f;
-  const Vec<float> k = __builtin_convertvector(e, Vec<float>) - (tiny ? splat(23.0f) : Vec<float>{});
-  Vec<float> p = splat(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
+  const Vec<float> k = __builtin_convertvector(e - (tiny & 23), Vec<float>);
   const Vec<float> z = m * m;
-  Vec<float> y = p * m * z + k * -2.12194440e-4f - 0.5f * z;
-  y = m + y + k * 0.693359375f;
-  const Vec<float> inf = splat(infinity<float>());
-  return x == 0.0f ? -inf : x == inf ? inf : x != x ? x : x < 0.0f ? x * 0.0f / (x * 0.0f) : y;
+  const Vec<float> p0 = -2.4999993993e-1f * m + 3.3333331174e-1f, p1 = -1.6668057665e-1f * m + 2.0000714765e-1f;
+  const Vec<float> p2 = -1.2420140846e-1f * m + 1.4249322787e-1f, p3 = -1.1514610310e-1f * m + 1.1676998740e-1f;
+  const Vec<float> p = ((p2 + z * p3) + (z * z) * 7.0376836292e-2f) * (z * z) + (p0 + z * p1);
+  const Vec<float> y = p * (m * z) + (k * -2.12194440e-4f - 0.5f * z);
+  return k * 0.693359375f + (m + y) + (x - x);
 }
-MC_INLINE Vec<double> log(Vec<double> x) {
+MC_INLINE Vec<double> log_positive(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_log(x[i]);
   return x;
 }
-
 MC_INLINE float exp1(float x) { return exp(splat(x))[0]; }
 MC_INLINE double exp1(double x) { return __builtin_exp(x); }
 template <class C> MC_INLINE C sigmoid(C x) {
