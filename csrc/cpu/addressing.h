@@ -237,13 +237,7 @@ template <class C> inline C softmax_backward(C* dw, const C* w, const C* sim, C 
   return strength.value();
 }
 
-// ---- interpolation and circular shift ----
-
-template <class C> MC_INLINE void interpolate_row(C* out, const C* content, const C* previous, C gate, int64_t Np) {
-  constexpr int L = Lanes<C>::n;
-  const C keep = 1 - gate;
-  for (int64_t n = 0; n < Np; n += L) store(out + n, gate * load(content + n) + keep * load(previous + n));
-}
+// ---- circular shift ----
 
 // ring[i + R] = w[i mod N] for i in -R .. Np + R - 1, so that every shift is a plain offset; N > 0.
 template <class C> MC_INLINE void wrap(C* ring, int64_t N, int64_t Np, int64_t R) {

@@ -55,6 +55,7 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
   Element<T> e(a);
   Arena arena([&](Arena& x) { e.layout(x, true); });
   const int64_t Np = e.s.Np, Wp = e.s.Wp, step = block_rows<C>(a.W);
+  const RowSink<T> sink(a.B * a.N * a.W);
   for (int64_t b = begin; b < end; b++) {
     e.similar(b);
     const bool none = e.unusable(b);
@@ -76,10 +77,9 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
         continue;
       }
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
-      C* dm = e.drows;
-      if constexpr (__is_same(T, C)) dm = to;
+      C* dm = sink.place(to, e.drows);
       similarity_rows<T>(e.s, m, n, rows, nullptr, dm, e.dweights, e.own, e.dkey);
-      if constexpr (!__is_same(T, C)) narrow(to, dm, rows * a.W);
+      sink.finish(to, dm, rows * a.W);
     }
     for (int64_t h = 0; h < a.H; h++)
       for (int64_t w = 0; w < a.W; w++) e.dkey[h * Wp + w] -= e.key_own[h] * e.s.key[h * Wp + w];

@@ -11,6 +11,7 @@ template <class T> void forward(const WriteArgs& a, int64_t begin, int64_t end) 
   const int64_t Np = padded<C>(a.N), Wp = padded<C>(a.W), step = block_rows<C>(a.W);
   C *w, *e, *v, *block;
   Arena arena([&](Arena& x) { x.take(w, a.H * Np), x.take(e, a.H * Wp), x.take(v, a.H * Wp), x.take(block, step * a.W); });
+  const RowSink<T> sink(a.B * a.N * a.W);
   for (int64_t b = begin; b < end; b++) {
     widen_rows(w, (const T*)a.weights + b * a.H * a.N, a.H, a.N, Np);
     widen_rows(e, (const T*)a.erase + b * a.H * a.W, a.H, a.W, Wp);
@@ -19,10 +20,9 @@ template <class T> void forward(const WriteArgs& a, int64_t begin, int64_t end) 
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
-      C* out = block;
-      if constexpr (__is_same(T, C)) out = to;
+      C* out = sink.place(to, block);
       erase_add(out, a.W, m, a.W, rows, a.W, w + n, Np, a.H, e, v, Wp);
-      if constexpr (!__is_same(T, C)) narrow(to, out, rows * a.W);
+      sink.finish(to, out, rows * a.W);
     }
   }
 }
@@ -36,6 +36,7 @@ template <class T> void backward(const WriteArgs& a, int64_t begin, int64_t end)
     x.take(dw, a.H * Np), x.take(de, a.H * Wp), x.take(dv, a.H * Wp);
     x.take(block, step * a.W), x.take(grad, step * a.W), x.take(scratch, (2 * a.H + 1) * Lanes<C>::n);
   });
+  const RowSink<T> sink(a.B * a.N * a.W);
   for (int64_t b = begin; b < end; b++) {
     widen_rows(w, (const T*)a.weights + b * a.H * a.N, a.H, a.N, Np);
     widen_rows(e, (const T*)a.erase + b * a.H * a.W, a.H, a.W, Wp);
@@ -46,11 +47,10 @@ template <class T> void backward(const WriteArgs& a, int64_t begin, int64_t end)
       const C* m = widened((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       const C* g = widened((const T*)a.grad + (b * a.N + n) * a.W, rows * a.W, grad);
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
-      C* dm = grad;
-      if constexpr (__is_same(T, C)) dm = to;
+      C* dm = sink.place(to, grad);
       if (a.H == 0) scatter(dm, a.W, g, a.W, rows, a.W, w, Np, 0, v, Wp);
       else erase_add_backward(dm, a.W, g, a.W, m, a.W, rows, a.W, w + n, Np, a.H, e, v, Wp, dw + n, Np, de, dv, scratch);
-      if constexpr (!__is_same(T, C)) narrow(to, dm, rows * a.W);
+      sink.finish(to, dm, rows * a.W);
     }
     narrow_rows((T*)a.dweights + b * a.H * a.N, dw, a.H, a.N, Np);
     narrow_rows((T*)a.derase + b * a.H * a.W, de, a.H, a.W, Wp);

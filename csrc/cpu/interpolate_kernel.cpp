@@ -6,39 +6,52 @@ namespace memcore {
 namespace MC_ISA {
 namespace {
 
+// One row at a time; where storage is the accumulation type already, without copies.
 template <class T> void forward(const WeightArgs& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
-  const int64_t Np = padded<C>(a.N);
-  C *content, *previous;
-  Arena arena([&](Arena& x) { x.take(content, Np), x.take(previous, Np); });
+  constexpr int L = Lanes<C>::n;
+  C *first, *second, *result;
+  Arena arena([&](Arena& x) { x.take(first, a.N), x.take(second, a.N), x.take(result, a.N); });
   for (int64_t r = begin; r < end; r++) {
-    widen_rows(content, (const T*)a.first + r * a.N, 1, a.N, Np);
-    widen_rows(previous, (const T*)a.second + r * a.N, 1, a.N, Np);
-    interpolate_row(content, content, previous, (C)wide(((const T*)a.parameter)[r]), Np);
-    narrow((T*)a.result + r * a.N, content, a.N);
+    const C* content = widened((const T*)a.first + r * a.N, a.N, first);
+    const C* previous = widened((const T*)a.second + r * a.N, a.N, second);
+    const Vec<C> gate = splat((C)wide(((const T*)a.parameter)[r])), keep = 1 - gate;
+    C* out = result;
+    if constexpr (__is_same(T, C)) out = (T*)a.result + r * a.N;
+    int64_t n = 0;
+    for (; n + L <= a.N; n += L) store(out + n, gate * load(content + n) + keep * load(previous + n));
+    if (n < a.N) {
+      const int part = (int)(a.N - n);
+      store_part(out + n, gate * load_part(content + n, part) + keep * load_part(previous + n, part), part);
+    }
+    if constexpr (!__is_same(T, C)) narrow((T*)a.result + r * a.N, out, a.N);
   }
 }
 
 template <class T> void backward(const WeightArgs& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
   constexpr int L = Lanes<C>::n;
-  const int64_t Np = padded<C>(a.N);
-  C *content, *previous, *grad;
-  Arena arena([&](Arena& x) { x.take(content, Np), x.take(previous, Np), x.take(grad, Np); });
+  C *first, *second, *third;
+  Arena arena([&](Arena& x) { x.take(first, a.N), x.take(second, a.N), x.take(third, a.N); });
   for (int64_t r = begin; r < end; r++) {
-    widen_rows(content, (const T*)a.first + r * a.N, 1, a.N, Np);
-    widen_rows(previous, (const T*)a.second + r * a.N, 1, a.N, Np);
-    widen_rows(grad, (const T*)a.grad + r * a.N, 1, a.N, Np);
-    const C gate = wide(((const T*)a.parameter)[r]);
+    const C* content = widened((const T*)a.first + r * a.N, a.N, first);
+    const C* previous = widened((const T*)a.second + r * a.N, a.N, second);
+    const C* grad = widened((const T*)a.grad + r * a.N, a.N, third);
+    const Vec<C> gate = splat((C)wide(((const T*)a.parameter)[r])), keep = 1 - gate;
+    C *dcontent = first, *dprevious = second;
+    if constexpr (__is_same(T, C)) dcontent = (T*)a.dfirst + r * a.N, dprevious = (T*)a.dsecond + r * a.N;
     Total<C> t;
-    for (int64_t n = 0; n < Np; n += L) {
-      const Vec<C> d = load(grad + n);
-      t.add(d * (load(content + n) - load(previous + n)));
-      store(content + n, gate * d);
-      store(previous + n, (1 - gate) * d);
+    for (int64_t n = 0; n < a.N; n += L) {
+      const int part = a.N - n < L ? (int)(a.N - n) : L;
+      const Vec<C> d = load_n(grad + n, part);
+      t.add(d * (load_n(content + n, part) - load_n(previous + n, part)));
+      store_n(dcontent + n, gate * d, part);
+      store_n(dprevious + n, keep * d, part);
     }
-    narrow((T*)a.dfirst + r * a.N, content, a.N);
-    narrow((T*)a.dsecond + r * a.N, previous, a.N);
+    if constexpr (!__is_same(T, C)) {
+      narrow((T*)a.dfirst + r * a.N, dcontent, a.N);
+      narrow((T*)a.dsecond + r * a.N, dprevious, a.N);
+    }
     put((T*)a.dparameter + r, t.value());
   }
 }

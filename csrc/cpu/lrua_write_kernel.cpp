@@ -19,14 +19,14 @@ template <class T> int64_t least(const T* usage, int64_t N) {
 
 template <class T> struct Write {
   typedef Acc<T> C;
-  static constexpr bool kDirect = __is_same(T, C);
   static constexpr int L = Lanes<C>::n;
 
   const LruaArgs& a;
+  const RowSink<T> sink;
   int64_t Np, Wp, step;
   C *word, *weights, *previous, *dweights, *dword, *block, *next;
 
-  explicit Write(const LruaArgs& args) : a(args), Np(padded<C>(args.N)), Wp(padded<C>(args.W)), step(block_rows<C>(args.W)) {}
+  explicit Write(const LruaArgs& args) : a(args), sink(args.B * args.N * args.W), Np(padded<C>(args.N)), Wp(padded<C>(args.W)), step(block_rows<C>(args.W)) {}
   void layout(Arena& arena) {
     arena.take(word, a.H * Wp), arena.take(weights, a.H * Np), arena.take(previous, a.H * Np);
     arena.take(dweights, a.H * Np), arena.take(dword, a.H * Wp), arena.take(block, step * a.W), arena.take(next, step * (a.W > a.H ? a.W : a.H));
@@ -53,11 +53,10 @@ template <class T> struct Write {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
-      C* out = next;
-      if constexpr (kDirect) out = to;
+      C* out = sink.place(to, next);
       scatter(out, a.W, m, a.W, rows, a.W, weights + n, Np, a.H, word, Wp);
       if (a.zero && at >= n && at < n + rows) scatter(out + (at - n) * a.W, a.W, (const C*)nullptr, a.W, 1, a.W, weights + at, Np, a.H, word, Wp);
-      if constexpr (!kDirect) narrow(to, out, rows * a.W);
+      sink.finish(to, out, rows * a.W);
     }
   }
 

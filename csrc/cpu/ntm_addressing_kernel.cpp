@@ -9,11 +9,12 @@ namespace {
 template <class T> struct Heads {
   typedef Acc<T> C;
   const AddressingArgs& a;
+  const RowSink<T> sink;
   Addressing<C> s;
   int64_t Np, Wp, step;
   C *block, *dw, *dprevious, *own, *key_own, *dkey, *dbeta, *dgate, *dshift, *dgamma, *drows;
 
-  explicit Heads(const AddressingArgs& args) : a(args) {
+  explicit Heads(const AddressingArgs& args) : a(args), sink(args.B * args.N * args.W) {
     s.sizes(a.H, a.N, a.W, a.S / 2);
     Np = s.similar.Np, Wp = s.similar.Wp, step = block_rows<C>(a.W);
   }
@@ -51,10 +52,9 @@ template <class T> struct Heads {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
-      C* dm = drows;
-      if constexpr (__is_same(T, C)) dm = to;
+      C* dm = sink.place(to, drows);
       similarity_rows<T>(s.similar, m, n, rows, nullptr, dm, dw, own, dkey);
-      if constexpr (!__is_same(T, C)) narrow(to, dm, rows * a.W);
+      sink.finish(to, dm, rows * a.W);
     }
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < a.W; w++) dkey[h * Wp + w] -= key_own[h] * s.similar.key[h * Wp + w];

@@ -9,10 +9,10 @@ namespace {
 // One batch element's step. The backward keeps nothing of the forward but its inputs: it computes the addressing again.
 template <class T> struct Step {
   typedef Acc<T> C;
-  static constexpr bool kDirect = __is_same(T, C);
   static constexpr int L = Lanes<C>::n;
 
   const StepArgs& a;
+  const RowSink<T> sink;
   InterfaceLayout l;
   Addressing<C> s;
   Pieces<C> p, d;
@@ -20,7 +20,7 @@ template <class T> struct Step {
   C *x, *dx, *reads, *block, *next;
   C *dw, *dprevious, *own, *key_own, *dreads, *grad, *found, *drows, *scratch;
 
-  explicit Step(const StepArgs& args) : a(args), l{args.R, args.Hw, args.W, args.range} {
+  explicit Step(const StepArgs& args) : a(args), sink(args.B * args.N * args.W), l{args.R, args.Hw, args.W, args.range} {
     H = l.heads(), I = l.size();
     s.sizes(H, a.N, a.W, a.range);
     Np = s.similar.Np, Wp = s.similar.Wp, step = block_rows<C>(a.W);
@@ -34,7 +34,7 @@ template <class T> struct Step {
     d.layout(arena, l);
     arena.take(dx, I), arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
     arena.take(dreads, a.R * Wp), arena.take(grad, step * a.W), arena.take(found, a.R * step);
-    arena.take(drows, kDirect ? 0 : a.N * a.W), arena.take(scratch, (2 * a.Hw + 1) * L);
+    arena.take(drows, sink.direct() ? 0 : a.N * a.W), arena.take(scratch, (2 * a.Hw + 1) * L);
   }
 
   const T* memory(int64_t b) const { return (const T*)a.memory + b * a.N * a.W; }
@@ -54,15 +54,12 @@ template <class T> struct Step {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
-      C* out = next;
-      if constexpr (kDirect) {
-        out = to;
-        if (n + step < a.N) prefetch<true>(to + step * a.W, step * a.W * (int64_t)sizeof(T));
-      }
+      C* out = sink.place(to, next);
+      if (sink.direct() && n + step < a.N) prefetch<true>(to + step * a.W, step * a.W * (int64_t)sizeof(T));
       if (!a.write_first) gather(m, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
       erase_add(out, a.W, m, a.W, rows, a.W, s.weights + a.R * Np + n, Np, a.Hw, p.erase, p.add, Wp);
       if (a.write_first) gather(out, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
-      if constexpr (!kDirect) narrow(to, out, rows * a.W);
+      sink.finish(to, out, rows * a.W);
     }
     narrow_rows((T*)a.reads + b * a.R * a.W, reads, a.R, a.W, Wp);
   }
@@ -77,15 +74,13 @@ template <class T> struct Step {
     T* dmemory = (T*)a.dmemory + b * a.N * a.W;
     const C *wr = s.weights, *ww = s.weights + a.R * Np;
     C *dwr = dw, *dww = dw + a.R * Np;
-    // The memory's gradient grows over two passes: where storage is narrower, in scratch.
-    C* dm_all = drows;
-    if constexpr (kDirect) dm_all = dmemory;
+    C* grown = sink.place(dmemory, drows);  // the memory's gradient grows over two passes
 
     // Write and reads: dmemory leaves this pass without the addressing's share.
     for (int64_t n = 0; n < a.N; n += step) {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
-      C* dm = dm_all + n * a.W;
+      C* dm = grown + n * a.W;
       if (n + step < a.N) prefetch<true>(dm + step * a.W, step * a.W * (int64_t)sizeof(C));
       const C* g = nullptr;
       if (a.grad_written && n + step < a.N)
@@ -121,9 +116,9 @@ template <class T> struct Step {
     for (int64_t n = 0; n < a.N; n += step) {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
-      C* dm = dm_all + n * a.W;
-      similarity_rows<T>(s.similar, m, n, rows, dm, dm, dw, own, d.key);
-      if constexpr (!kDirect) narrow(dmemory + n * a.W, dm, rows * a.W);
+      C* dm = sink.place(dmemory + n * a.W, next);
+      similarity_rows<T>(s.similar, m, n, rows, grown + n * a.W, dm, dw, own, d.key);
+      sink.finish(dmemory + n * a.W, dm, rows * a.W);
     }
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < a.W; w++) d.key[h * Wp + w] -= key_own[h] * p.key[h * Wp + w];

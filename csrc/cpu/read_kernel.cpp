@@ -29,6 +29,7 @@ template <class T> void backward(const ReadArgs& a, int64_t begin, int64_t end) 
   Arena arena([&](Arena& x) {
     x.take(w, a.H * Np), x.take(dw, a.H * Np), x.take(g, a.H * Wp), x.take(block, step * a.W), x.take(next, step * a.W);
   });
+  const RowSink<T> sink(a.B * a.N * a.W);
   for (int64_t b = begin; b < end; b++) {
     widen_rows(w, (const T*)a.weights + b * a.H * a.N, a.H, a.N, Np);
     widen_rows(g, (const T*)a.grad + b * a.H * a.W, a.H, a.W, Wp);
@@ -38,10 +39,9 @@ template <class T> void backward(const ReadArgs& a, int64_t begin, int64_t end) 
       dots(m, a.W, rows, a.W, g, Wp, a.H, dw + n, Np, (C*)nullptr);
       if (a.memory_stride == 0) continue;
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
-      C* dm = next;
-      if constexpr (__is_same(T, C)) dm = to;
+      C* dm = sink.place(to, next);
       scatter(dm, a.W, (const C*)nullptr, a.W, rows, a.W, w + n, Np, a.H, g, Wp);
-      if constexpr (!__is_same(T, C)) narrow(to, dm, rows * a.W);
+      sink.finish(to, dm, rows * a.W);
     }
     narrow_rows((T*)a.dweights + b * a.H * a.N, dw, a.H, a.N, Np);
   }

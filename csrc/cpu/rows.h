@@ -30,6 +30,37 @@ template <class T> MC_INLINE const Acc<T>* widened(const T* rows, int64_t count,
   }
 }
 
+// Where a kernel puts finished memory rows: into the tensor itself; through scratch where storage is narrower; or, for tensors
+// that outgrow the caches, through scratch and past the caches, which saves reading every line before it is written.
+constexpr int64_t kStreamBytes = 4 << 20;
+template <class T> class RowSink {
+ public:
+  typedef Acc<T> C;
+  explicit RowSink(int64_t elements) : stream_(elements * (int64_t)sizeof(T) >= kStreamBytes) {}
+  ~RowSink() {
+    if (stream_) stream_fence();
+  }
+  RowSink(const RowSink&) = delete;
+  RowSink& operator=(const RowSink&) = delete;
+
+  MC_INLINE bool direct() const { return __is_same(T, C) && !stream_; }
+  MC_INLINE C* place(T* to, C* scratch) const {
+    if constexpr (__is_same(T, C))
+      if (!stream_) return to;
+    return scratch;
+  }
+  MC_INLINE void finish(T* to, const C* from, int64_t n) const {
+    if constexpr (!__is_same(T, C)) {
+      narrow(to, from, n);
+    } else {
+      if (stream_) stream_copy(to, from, n);
+    }
+  }
+
+ private:
+  bool stream_;
+};
+
 // ---- dots ----
 
 // R rows by HB keys (and the rows with themselves) in registers. Every row is summed in the same order whatever its position.

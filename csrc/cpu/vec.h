@@ -126,9 +126,37 @@ template <class C> MC_INLINE void store_n(C* p, Vec<C> v, int n) {
   else store_part(p, v, n);
 }
 
-// The cache lines of `bytes` bytes, to be read or (WRITE) overwritten soon.
+// The cache lines of `bytes` bytes, to be read once or (WRITE) overwritten soon.
 template <bool WRITE> MC_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, WRITE ? 1 : 0, 3);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    if (WRITE) __builtin_prefetch((const char*)p + i, 1, 3);
+    else __builtin_prefetch((const char*)p + i, 0, 0);
+  }
+}
+
+// Copies past the caches what nobody reads soon; `sfence` before another thread does.
+template <class C> MC_INLINE void stream_copy(C* to, const C* from, int64_t n) {
+  constexpr int L = Lanes<C>::n;
+  int64_t i = 0;
+#if defined(__SSE2__)
+  if ((uintptr_t)to % kBytes == 0)
+    for (; i + L <= n; i += L) {
+      const Vec<C> v = load(from + i);
+#if defined(__AVX512F__)
+      _mm512_stream_ps((float*)(to + i), (__m512)v);
+#elif defined(__AVX2__)
+      _mm256_stream_ps((float*)(to + i), (__m256)v);
+#else
+      _mm_stream_ps((float*)(to + i), (__m128)v);
+#endif
+    }
+#endif
+  for (; i < n; i++) to[i] = from[i];
+}
+MC_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // ---- storage types ----
