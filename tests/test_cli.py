@@ -51,7 +51,7 @@ def test_train_writes_a_run_and_prints_json_alone_on_stdout(capsys, tmp_path):
     assert code == 0, err
     result = json.loads(out)
     assert result == json.loads((tmp_path / "r" / "result.json").read_text())
-    assert (result["task"], result["model"], result["seed"], result["updates"], result["sequences"]) == ("copy", "lstm", 3, 3, 48)
+    assert (result["task"], result["model"], result["seed"], result["updates"], result["sequences"]) == ("copy", "lstm", 3, 3, 24)
     assert result["parameters"] == 4 * 4 * (3 + 4) + 2 * 16 + 4 * 2 + 2
     assert result["threads"] == 1 and result["stopped"] == "steps" and result["split"] == "generated"
     assert set(result["test"]) == {"10", "20", "30", "40", "50", "80", "120"}

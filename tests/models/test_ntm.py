@@ -1,10 +1,13 @@
 """What is special to the NTM: its equations, its first state, its controllers, its options."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import memcore
 from memcore.models import NTM, NTMCell, NTMState
 
 SMALL = {"memory_slots": 6, "slot_width": 3, "controller_size": 5}
@@ -152,12 +155,15 @@ def test_constant_memory_trains_without_nan():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_learned_first_weighting_breaks_symmetry():
-    torch.manual_seed(0)
-    first = NTM(4, 2, read_heads=2, **SMALL).initial_state(2).weights[0]
-    assert torch.allclose(first.sum(1), torch.ones(3))
-    assert first.std(1).min() > 1e-3
-    assert (first[0] - first[1]).abs().max() > 1e-3
+def test_heads_start_focused_and_hold_their_focus():
+    model = NTM(4, 2, read_heads=2, write_heads=2, shift_range=2, **SMALL)
+    first = model.initial_state(2).weights
+    assert torch.allclose(first.sum(-1), torch.ones(2, 4))
+    assert (first[..., 0] > 0.95).all() and (first > 0).all()
+    bias = model.cell.interface.bias.detach()[None]
+    pieces = memcore.functional.split_interface(bias, read_heads=2, write_heads=2, shift_range=2)
+    assert torch.allclose(pieces.gate, torch.full((1, 4), 1 / (1 + math.exp(2))))
+    assert torch.allclose(pieces.shift, torch.full((1, 4, 5), 0.2)) and (pieces.add == 0).all()
 
 
 def test_random_memory_is_part_of_the_model():

@@ -39,7 +39,7 @@ def test_curve_is_the_median_and_the_band_reaches_all_seeds(runs, tmp_path):
     ntm, lstm = axes.get_lines()
     both = np.array([column(r, "eval_loss") for r in runs[:2]])
     np.testing.assert_allclose(ntm.get_ydata(), np.median(both, 0))
-    np.testing.assert_allclose(ntm.get_xdata(), [32, 64])
+    np.testing.assert_allclose(ntm.get_xdata(), [16, 32])
     np.testing.assert_allclose(lstm.get_ydata(), column(runs[2], "eval_loss"))
     (band,) = axes.collections
     edges = band.get_paths()[0].vertices[:, 1]
