@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _backend
-
 __all__ = ["accumulate", "library", "no_autocast", "register"]
 
 library = torch.library.Library("memcore", "DEF")
@@ -105,7 +103,6 @@ def register(
 
     library.impl(f"{name}_fwd", forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memcore::{name}_fwd", fake, lib=library)
-    _backend.provides(name)
     fwd = getattr(torch.ops.memcore, f"{name}_fwd").default
     if not diff:
         return fwd

@@ -22,7 +22,7 @@ def _valid(name: str, source: str) -> str:
     return name
 
 
-_requested = _valid(os.environ.get("MEMCORE_BACKEND", "auto"), "MEMCORE_BACKEND")
+_requested = os.environ.get("MEMCORE_BACKEND", "auto")  # judged at the first operator, so that importing cannot fail
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -38,9 +38,12 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 
 native, native_missing = _load_native()
-# Device type -> operators with a native kernel there; kernels/<op>/op.py adds itself through `provides`.
-_native_ops: dict[str, set[str]] = {"cpu": set(), "cuda": set()}
-_native_cpu = native is not None
+# Operators with a native CPU kernel: what the library registered with the dispatcher.
+_native_cpu = frozenset(
+    name.removeprefix("memcore::").removesuffix("_fwd")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    if name.startswith("memcore::") and name.endswith("_fwd")
+)
 _told: set[str] = set()
 
 
@@ -63,11 +66,6 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def provides(op: str, device: str = "cpu") -> None:
-    """Declare that the native library, where built, has a kernel of `op` for `device`."""
-    _native_ops[device].add(op)
-
-
 def _transformed() -> bool:
     """Inside torch.func transforms or forward-mode AD, where registered kernels have no rule (private names, kept here)."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -86,29 +84,32 @@ def takes_kernel(op: str, device: torch.device) -> bool:
     kind = device.type
     if _requested == "auto":
         if kind == "cpu":
-            if _native_cpu:
+            if op in _native_cpu:
                 return True
-            if not torch.compiler.is_compiling():
+            if native is None and not torch.compiler.is_compiling():
                 _tell_once(f"memcore runs on plain PyTorch: {native_missing}")
         return False
-    if _requested == "native" and kind == "cpu" and _native_cpu:
+    if _requested == "native" and kind == "cpu" and op in _native_cpu:
         return True
-    raise RuntimeError(f"memcore.{op}: backend {_requested!r} is not available for {kind} tensors: {_why_not(_requested, kind)}")
+    name = _valid(_requested, "MEMCORE_BACKEND")
+    raise RuntimeError(f"memcore.{op}: backend {name!r} is not available for {kind} tensors: {_why_not(name, op, kind)}")
 
 
-def _why_not(name: str, kind: str) -> str:
+def _why_not(name: str, op: str, kind: str) -> str:
     if name == "triton":
         return "this version has no Triton kernels"
-    return native_missing if kind == "cpu" else f"the native library has no kernels for {kind}"
+    if native is None and kind == "cpu":
+        return native_missing
+    return f"the native library has no kernel of {op} for {kind}"
 
 
 def describe() -> dict:
     """What runs here and why: requested backend, native library, instruction set, operators with native CPU kernels."""
     info = {
-        "requested": _requested,
+        "requested": _valid(_requested, "MEMCORE_BACKEND"),
         "native": native is not None,
         "native_missing": native_missing,
-        "operators": sorted(_native_ops["cpu"]),
+        "operators": sorted(_native_cpu),
         "cpu_isa": None,
         "cpu_isa_available": [],
     }

@@ -12,7 +12,7 @@ _data = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "MEMCORE_DATA" not in os.environ and _data.is_dir():
     os.environ["MEMCORE_DATA"] = str(_data)
 
-from memcore import _backend  # noqa: E402  (MEMCORE_DATA comes first)
+from memcore import _backend, functional  # noqa: E402  (MEMCORE_DATA comes first)
 
 hypothesis.settings.register_profile("memcore", deadline=None, derandomize=True, max_examples=12, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
@@ -64,7 +64,7 @@ def use_path(path: str):
     """Run memcore's operators in one of PATHS."""
     kind, _, isa = path.partition("-")
     previous_isa = torch.ops.memcore._set_cpu_isa(isa) if isa else None
-    native_cpu, _backend._native_cpu = _backend._native_cpu, kind != "reference"
+    native_cpu, _backend._native_cpu = _backend._native_cpu, frozenset(functional.__all__)
     try:
         with _backend.backend("reference" if kind == "reference" else "native"):
             yield

@@ -48,7 +48,7 @@ def test_native_backend_asked_for_but_missing():
 
 
 def test_unknown_backend_in_the_environment():
-    assert "memcore: MEMCORE_BACKEND must be one of" in python("-c", "import memcore", fails=True, MEMCORE_BACKEND="fast").stderr
+    assert "memcore: MEMCORE_BACKEND must be one of" in python("-c", f"import memcore, torch\n{READ}", fails=True, MEMCORE_BACKEND="fast").stderr
 
 
 def test_other_packages_named_kernels_and_bench_are_not_hidden(tmp_path):
