@@ -1,7 +1,6 @@
 """What every test gets: seeds, one thread, uninitialised memory full of NaN, and the operators' backends."""
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -12,7 +11,7 @@ _data = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "MEMCORE_DATA" not in os.environ and _data.is_dir():
     os.environ["MEMCORE_DATA"] = str(_data)
 
-from memcore import _backend, functional  # noqa: E402  (MEMCORE_DATA comes first)
+from paths import PATHS, use_path  # noqa: E402  (MEMCORE_DATA comes first)
 
 hypothesis.settings.register_profile("memcore", deadline=None, derandomize=True, max_examples=12, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
@@ -45,33 +44,6 @@ def _house():
     torch.utils.deterministic.fill_uninitialized_memory = True
     if not torch.are_deterministic_algorithms_enabled():  # setting it is slow
         torch.use_deterministic_algorithms(True)
-
-
-def _paths() -> list[str]:
-    """The reference, and the registered operators: once for each instruction set that runs here, or in Python if not built."""
-    if _backend.native is None:
-        return ["reference", "registered"]
-    if hasattr(torch.ops.memcore, "_cpu_isas"):
-        return ["reference", *(f"native-{isa}" for isa in torch.ops.memcore._cpu_isas().split(","))]
-    return ["reference", "native"]
-
-
-PATHS = _paths()
-
-
-@contextmanager
-def use_path(path: str):
-    """Run memcore's operators in one of PATHS."""
-    kind, _, isa = path.partition("-")
-    previous_isa = torch.ops.memcore._set_cpu_isa(isa) if isa else None
-    native_cpu, _backend._native_cpu = _backend._native_cpu, frozenset(functional.__all__)
-    try:
-        with _backend.backend("reference" if kind == "reference" else "native"):
-            yield
-    finally:
-        _backend._native_cpu = native_cpu
-        if isa:
-            torch.ops.memcore._set_cpu_isa(previous_isa)
 
 
 @pytest.fixture(params=PATHS)

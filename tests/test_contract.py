@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memcore
 from cases import CASES, DTYPES, Case, Inputs, Sample, as_tuple, assert_close, cast
-from conftest import PATHS, use_path
+from paths import PATHS, use_path
 
 PAIRS = [pytest.param(c, s, id=f"{c.name}-{s.id}") for c in CASES for s in c.samples]
 # The first sample of each operator is small and ordinary: enough where sizes do not matter.

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cases import CASES, as_tuple, assert_close, cast
-from conftest import PATHS, use_path
+from paths import PATHS, use_path
 from memcore import functional as F
 
 # The backend fixture is fixed for all examples of a test, as it should be.
