@@ -32,6 +32,7 @@ template <> struct Lanes<float> {
   static constexpr int n = kBytes / 4;
   typedef float V __attribute__((vector_size(kBytes)));
   typedef int32_t I __attribute__((vector_size(kBytes)));
+  typedef uint32_t U __attribute__((vector_size(kBytes)));
 };
 template <> struct Lanes<double> {
   static constexpr int n = kBytes / 8;
@@ -40,6 +41,7 @@ template <> struct Lanes<double> {
 };
 template <class C> using Vec = typename Lanes<C>::V;
 template <class C> using IVec = typename Lanes<C>::I;
+typedef Lanes<float>::U UVec;  // bit patterns: their arithmetic wraps
 
 // The dtype sums are taken in: float, or double for double.
 template <class T> struct AccOf { typedef float type; };
@@ -326,15 +328,15 @@ MC_INLINE Vec<float> exp_reduced(Vec<float> t, Vec<float> x) {
 // For x <= 0; other x give anything but a trap, NaN gives NaN.
 MC_INLINE Vec<float> exp_negative(Vec<float> x) {
   const Vec<float> t = x * 1.44269504088896341f + 12582912.0f;  // the low bits hold x / ln2 to the nearest integer
-  const Vec<float> scale = (Vec<float>)(((IVec<float>)t << 23) + 0x3f800000);
+  const Vec<float> scale = (Vec<float>)(((UVec)t << 23) + 0x3f800000u);
   return x < -87.33654f ? Vec<float>{} : exp_reduced(t, x) * scale;
 }
 MC_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> c = x > 88.72284f ? splat(88.72284f) : x;
   const Vec<float> t = c * 1.44269504088896341f + 12582912.0f;
   // 2^k in two factors: k reaches 128.
-  const IVec<float> k = (IVec<float>)t - 0x4b400000, h = k >> 1;  // 0x4b400000: the bits of 12582912
-  const Vec<float> y = exp_reduced(t, c) * (Vec<float>)((h + 127) << 23) * (Vec<float>)((k - h + 127) << 23);
+  const UVec k = (UVec)t - 0x4b400000u, h = (UVec)((IVec<float>)k >> 1);  // 0x4b400000: the bits of 12582912
+  const Vec<float> y = exp_reduced(t, c) * (Vec<float>)((h + 127u) << 23) * (Vec<float>)((k - h + 127u) << 23);
   return x < -87.33654f ? Vec<float>{} : x > 88.72284f ? splat(infinity<float>()) : x != x ? x : y;
 }
 MC_INLINE Vec<double> exp_negative(Vec<double> x) {
@@ -348,9 +350,9 @@ MC_INLINE Vec<double> exp(Vec<double> x) {
 // log of a positive number in single precision, Moshier's coefficients (relative error 2e-7), subnormals included; NaN gives NaN.
 MC_INLINE Vec<float> log_positive(Vec<float> x) {
   const IVec<float> tiny = x < 1.17549435e-38f;
-  const IVec<float> bits = (IVec<float>)(tiny ? x * 8388608.0f : x);
-  const IVec<float> e = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) <= m < sqrt(2)
-  const Vec<float> m = (Vec<float>)(bits - (e << 23)) - 1.0f;
+  const UVec bits = (UVec)(tiny ? x * 8388608.0f : x);
+  const IVec<float> e = (IVec<float>)(bits - 0x3f3504f3u) >> 23;  // sqrt(1/2) <= m < sqrt(2)
+  const Vec<float> m = (Vec<float>)(bits - ((UVec)e << 23)) - 1.0f;
   const Vec<float> k = __builtin_convertvector(e - (tiny & 23), Vec<float>);
   const Vec<float> z = m * m;
   const Vec<float> p0 = -2.4999993993e-1f * m + 3.3333331174e-1f, p1 = -1.6668057665e-1f * m + 2.0000714765e-1f;
