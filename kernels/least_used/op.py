@@ -1,5 +1,6 @@
 """The least-used slots: checks and schema."""
 
+import torch
 from torch import Tensor
 
 from ... import _backend, _checks
@@ -12,8 +13,6 @@ _OP = "least_used"
 
 
 def _fake(usage, n):
-    import torch
-
     return usage.new_empty(usage.shape[0], torch.sym_min(n, usage.shape[1]), dtype=torch.int64)
 
 
