@@ -17,6 +17,7 @@ template <class T> struct Step {
   Addressing<C> s;
   Pieces<C> p, d;
   int64_t H, I, Np, Wp, step;
+  bool fused;
   C *x, *dx, *reads, *block, *next;
   C *dw, *dprevious, *own, *key_own, *dreads, *grad, *found, *drows, *scratch;
 
@@ -24,6 +25,7 @@ template <class T> struct Step {
     H = l.heads(), I = l.size();
     s.sizes(H, a.N, a.W, a.range);
     Np = s.similar.Np, Wp = s.similar.Wp, step = block_rows<C>(a.W);
+    fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kFusedReads;
   }
   void layout(Arena& arena, bool backward) {
     s.layout(arena);
@@ -56,6 +58,11 @@ template <class T> struct Step {
       T* to = (T*)a.written + (b * a.N + n) * a.W;
       C* out = sink.place(to, next);
       if (sink.direct() && n + step < a.N) prefetch<true>(to + step * a.W, step * a.W * (int64_t)sizeof(T));
+      if (fused) {
+        write_read(out, m, rows, a.W, s.weights + a.R * Np + n, p.erase, p.add, s.weights + n, Np, a.R, reads, Wp);
+        sink.finish(to, out, rows * a.W);
+        continue;
+      }
       if (!a.write_first) gather(m, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
       erase_add(out, a.W, m, a.W, rows, a.W, s.weights + a.R * Np + n, Np, a.Hw, p.erase, p.add, Wp);
       if (a.write_first) gather(out, a.W, rows, a.W, s.weights + n, Np, a.R, reads, Wp);
@@ -86,6 +93,11 @@ template <class T> struct Step {
       if (a.grad_written && n + step < a.N)
         prefetch<false>((const T*)a.grad_written + (b * a.N + n + step) * a.W, step * a.W * (int64_t)sizeof(T));
       if (a.grad_written) g = widened((const T*)a.grad_written + (b * a.N + n) * a.W, rows * a.W, grad);
+      if (fused && reading && g) {
+        write_read_backward(
+            dm, g, m, rows, a.W, ww + n, p.erase, p.add, wr + n, Np, a.R, dreads, Wp, dwr + n, dww + n, d.erase, d.add);
+        continue;
+      }
       if (reading) {
         const C* seen = m;
         if (a.write_first && a.Hw > 0) {

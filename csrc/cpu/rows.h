@@ -6,6 +6,7 @@
 //   scatter     out[n][w] = base[n][w] + sum over h of c[h][n] a[h][w]
 //   erase_add   out[n][w] = m[n][w] prod over h of (1 - c[h][n] e[h][w]) + sum over h of c[h][n] a[h][w]
 //   erase_add_backward
+//   write_read, write_read_backward, pull_push: several of these in one pass
 #pragma once
 
 #include "vec.h"
@@ -92,18 +93,12 @@ MC_INLINE void dots_tile(const C* const* m, int64_t W, const C* k, int64_t ldk, 
     const int part = (int)(W - w);
     chunk(w, [part](const C* p) { return load_part(p, part); });
   }
-  C x[4];
-  constexpr int per = 4 / R;  // accumulator rows that fit one sum4
-#pragma GCC unroll 8
-  for (int h = 0; h < A; h += per) {
-    const int g = h + 1 < A ? h + 1 : h;
-    if (R == 4) sum4(acc[h][0], acc[h][1], acc[h][R > 2 ? 2 : 0], acc[h][R > 3 ? 3 : 0], x);
-    else sum4(acc[h][0], acc[h][1], acc[g][0], acc[g][1], x);
-    for (int i = 0; i < per && h + i < A; i++)
-      if (valid == R) std::memcpy(out[h + i] + at, x + i * R, R * sizeof(C));
-      else
-        for (int64_t r = 0; r < valid; r++) out[h + i][at + r] = x[i * R + r];
-  }
+  C x[A * R + 4];
+  sum_all<A * R>(&acc[0][0], x);
+  for (int h = 0; h < A; h++)
+    if (valid == R) std::memcpy(out[h] + at, x + h * R, R * sizeof(C));
+    else
+      for (int64_t r = 0; r < valid; r++) out[h][at + r] = x[h * R + r];
 }
 
 template <int R, int HB, bool NORM, class C>
@@ -415,6 +410,207 @@ inline void erase_add_backward(
       }
     }
     for (int64_t h = 0; h < H; h++) dc[h * lddc + n] += sum<C>(load(s + h * L));
+  }
+}
+
+// ---- fused passes of a step with one write head ----
+
+constexpr int kFusedReads = 4;  // read heads whose sums stay in registers
+
+// Read vectors from the rows as they are written: out = m (1 - c e) + c a, r[h][w] += sum over n of k[h][n] out[n][w].
+template <int RH, int NC, bool FULL, class C>
+MC_INLINE void write_read_tile(
+    C* out, const C* m, int64_t ld, int64_t rows, int part, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[RH][NC], ev[NC], av[NC];
+#pragma GCC unroll 4
+  for (int j = 0; j < NC; j++) {
+    ev[j] = load(e + j * L), av[j] = load(a + j * L);
+#pragma GCC unroll 4
+    for (int h = 0; h < RH; h++) acc[h][j] = Vec<C>{};
+  }
+  for (int64_t n = 0; n < rows; n++) {
+    const Vec<C> x = splat(c[n]);
+    Vec<C> v[NC];
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++) {
+      const bool whole = FULL || j + 1 < NC;
+      v[j] = whole ? load(m + n * ld + j * L) : load_part(m + n * ld + j * L, part);
+      v[j] = v[j] * (1 - x * ev[j]) + x * av[j];
+      if (whole) store(out + n * ld + j * L, v[j]);
+      else store_part(out + n * ld + j * L, v[j], part);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < RH; h++) {
+      const Vec<C> y = splat(k[h * ldk + n]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NC; j++) acc[h][j] += y * v[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < RH; h++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++) store(r + h * ldr + j * L, load(r + h * ldr + j * L) + acc[h][j]);
+}
+
+template <int RH, class C>
+MC_INLINE void write_read_heads(
+    C* out, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr) {
+  constexpr int L = Lanes<C>::n;
+  int64_t w = 0;
+  for (; w + 2 * L <= W; w += 2 * L) write_read_tile<RH, 2, true>(out + w, m + w, W, rows, L, c, e + w, a + w, k, ldk, r + w, ldr);
+  const int64_t left = W - w;
+  if (left > L) write_read_tile<RH, 2, false>(out + w, m + w, W, rows, (int)(left - L), c, e + w, a + w, k, ldk, r + w, ldr);
+  else if (left == L) write_read_tile<RH, 1, true>(out + w, m + w, W, rows, L, c, e + w, a + w, k, ldk, r + w, ldr);
+  else if (left > 0) write_read_tile<RH, 1, false>(out + w, m + w, W, rows, (int)left, c, e + w, a + w, k, ldk, r + w, ldr);
+}
+
+// 1 <= R <= kFusedReads.
+template <class C>
+inline void write_read(
+    C* out, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, C* r, int64_t ldr) {
+  if (R == 1) write_read_heads<1>(out, m, rows, W, c, e, a, k, ldk, r, ldr);
+  else if (R == 2) write_read_heads<2>(out, m, rows, W, c, e, a, k, ldk, r, ldr);
+  else if (R == 3) write_read_heads<3>(out, m, rows, W, c, e, a, k, ldk, r, ldr);
+  else write_read_heads<4>(out, m, rows, W, c, e, a, k, ldk, r, ldr);
+}
+
+// Backward of write_read, R rows at a time. dr: gradients of the read vectors, g: of the rows written. With f = 1 - c e and out as above:
+//   dk[h] += dr_h . out        G = g + sum over h of k_h dr_h        dm = G f
+//   dc += sum over w of G (a - e m)        de -= c G m        da += c G
+template <int RH, int R, class C>
+MC_INLINE void write_read_backward_rows(
+    C* dm, const C* g, const C* m, int64_t ld, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr,
+    int64_t ldr, C* dk, C* dc, C* de, C* da) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> x[R], sums[(RH + 1) * R];  // of row i: dr_h . out at h R + i, dc at RH R + i
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) x[i] = splat(c[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < (RH + 1) * R; i++) sums[i] = Vec<C>{};
+  const auto chunk = [&](int64_t w, auto get, auto put) __attribute__((always_inline)) {
+    const Vec<C> ev = load(e + w), av = load(a + w);
+    Vec<C> dev = load(de + w), dav = load(da + w);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      const Vec<C> mv = get(m + i * ld + w), f = 1 - x[i] * ev, v = mv * f + x[i] * av;
+      Vec<C> gv = get(g + i * ld + w);
+#pragma GCC unroll 4
+      for (int h = 0; h < RH; h++) {
+        const Vec<C> drv = load(dr + h * ldr + w);
+        sums[h * R + i] += drv * v;
+        gv += splat(k[h * ldk + i]) * drv;
+      }
+      const Vec<C> y = x[i] * gv;
+      sums[RH * R + i] += gv * (av - ev * mv);
+      dev -= y * mv;
+      dav += y;
+      put(dm + i * ld + w, gv * f);
+    }
+    store(de + w, dev);
+    store(da + w, dav);
+  };
+  int64_t w = 0;
+  for (; w + L <= W; w += L)
+    chunk(w, [](const C* p) { return load(p); }, [](C* p, Vec<C> v) { store(p, v); });
+  if (w < W) {
+    const int part = (int)(W - w);
+    chunk(w, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vec<C> v) { store_part(p, v, part); });
+  }
+  C t[(RH + 1) * R + 4];
+  sum_all<(RH + 1) * R>(sums, t);
+  for (int i = 0; i < R; i++) {
+    for (int h = 0; h < RH; h++) dk[h * ldk + i] += t[h * R + i];
+    dc[i] += t[RH * R + i];
+  }
+}
+
+template <int RH, class C>
+MC_INLINE void write_read_backward_heads(
+    C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr,
+    int64_t ldr, C* dk, C* dc, C* de, C* da) {
+  constexpr int R = RH <= 2 ? 4 : 2;
+  int64_t n = 0;
+  for (; n + R <= rows; n += R)
+    write_read_backward_rows<RH, R>(
+        dm + n * W, g + n * W, m + n * W, W, W, c + n, e, a, k + n, ldk, dr, ldr, dk + n, dc + n, de, da);
+  for (; n < rows; n++)
+    write_read_backward_rows<RH, 1>(
+        dm + n * W, g + n * W, m + n * W, W, W, c + n, e, a, k + n, ldk, dr, ldr, dk + n, dc + n, de, da);
+}
+
+// 1 <= R <= kFusedReads; dm may be g itself; dk lies like k.
+template <class C>
+inline void write_read_backward(
+    C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R,
+    const C* dr, int64_t ldr, C* dk, C* dc, C* de, C* da) {
+  if (R == 1) write_read_backward_heads<1>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
+  else if (R == 2) write_read_backward_heads<2>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
+  else if (R == 3) write_read_backward_heads<3>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
+  else write_read_backward_heads<4>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
+}
+
+// gather and scatter_own in one pass: out = base + sum over h of c_h key_h - own m, dkey[h] += sum over n of c[h][n] m[n].
+template <int HB, int NC, bool FULL, class C>
+MC_INLINE void pull_push_tile(
+    C* out, const C* base, const C* m, int64_t ld, int64_t rows, int part, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk,
+    const C* own) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[HB][NC], kv[HB][NC];
+#pragma GCC unroll 8
+  for (int h = 0; h < HB; h++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++) kv[h][j] = load(key + h * ldk + j * L), acc[h][j] = Vec<C>{};
+  const auto get = [part](const C* p, int j) __attribute__((always_inline)) { return FULL || j + 1 < NC ? load(p + j * L) : load_part(p + j * L, part); };
+  for (int64_t n = 0; n < rows; n++) {
+    const Vec<C> s = splat(own[n]);
+    Vec<C> row[NC], v[NC];
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++) row[j] = get(m + n * ld, j), v[j] = get(base + n * ld, j) - s * row[j];
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> x = splat(c[h * ldc + n]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NC; j++) v[j] += x * kv[h][j], acc[h][j] += x * row[j];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++)
+      if (FULL || j + 1 < NC) store(out + n * ld + j * L, v[j]);
+      else store_part(out + n * ld + j * L, v[j], part);
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < HB; h++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NC; j++) store(dkey + h * ldk + j * L, load(dkey + h * ldk + j * L) + acc[h][j]);
+}
+
+template <int HB, class C>
+MC_INLINE void pull_push_heads(
+    C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own) {
+  constexpr int L = Lanes<C>::n, NC = kBytes == 64 || HB <= 2 ? 2 : 1;
+  int64_t w = 0;
+  for (; w + NC * L <= W; w += NC * L)
+    pull_push_tile<HB, NC, true>(out + w, base + w, m + w, W, rows, L, c, ldc, key + w, dkey + w, ldk, own);
+  const int64_t left = W - w;
+  if (NC == 2 && left > L)
+    pull_push_tile<HB, 2, false>(out + w, base + w, m + w, W, rows, (int)(left - L), c, ldc, key + w, dkey + w, ldk, own);
+  else if (left == L) pull_push_tile<HB, 1, true>(out + w, base + w, m + w, W, rows, L, c, ldc, key + w, dkey + w, ldk, own);
+  else if (left > 0) pull_push_tile<HB, 1, false>(out + w, base + w, m + w, W, rows, (int)left, c, ldc, key + w, dkey + w, ldk, own);
+}
+
+// base may be out itself.
+template <class C>
+inline void pull_push(
+    C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk,
+    const C* own) {
+  if (H == 1) pull_push_heads<1>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 2) pull_push_heads<2>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 3) pull_push_heads<3>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 4) pull_push_heads<4>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 5) pull_push_heads<5>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else {
+    gather(m, W, rows, W, c, ldc, H, dkey, ldk);
+    scatter_own(out, W, base, W, rows, W, c, ldc, H, key, ldk, own, m, W);
   }
 }
 

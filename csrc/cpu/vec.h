@@ -286,6 +286,45 @@ MC_INLINE void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, floa
 MC_INLINE void sum4(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* out) {
   out[0] = sum<double>(a), out[1] = sum<double>(b), out[2] = sum<double>(c), out[3] = sum<double>(d);
 }
+#if defined(__AVX2__)
+// Eight sums at once by adding while transposing: a fifth fewer instructions than two sum4, in an order of their own.
+MC_INLINE __m256 fold8(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  return (__m256)v;
+#endif
+}
+MC_INLINE void sum8(const Vec<float>* v, float* out) {
+  const auto two = [](__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
+  const auto four = [&](const Vec<float>* p) {
+    const __m256d x = _mm256_castps_pd(two(fold8(p[0]), fold8(p[1]))), y = _mm256_castps_pd(two(fold8(p[2]), fold8(p[3])));
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  };
+  const __m256 x = four(v), y = four(v + 4);
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31)));
+}
+#else
+MC_INLINE void sum8(const Vec<float>* v, float* out) {
+  sum4(v[0], v[1], v[2], v[3], out);
+  sum4(v[4], v[5], v[6], v[7], out + 4);
+}
+#endif
+MC_INLINE void sum8(const Vec<double>* v, double* out) {
+  for (int i = 0; i < 8; i++) out[i] = sum<double>(v[i]);
+}
+// The sums of n vectors; `out` has room for n + 4.
+template <int n, class V, class C> MC_INLINE void sum_all(const V* v, C* out) {
+  if constexpr (n >= 8) {
+    sum8(v, out);
+    sum_all<n - 8>(v + 8, out + 8);
+  } else if constexpr (n >= 4) {
+    sum4(v[0], v[1], v[2], v[3], out);
+    sum_all<n - 4>(v + 4, out + 4);
+  } else if constexpr (n > 0) {
+    sum4(v[0], v[n > 1 ? 1 : 0], v[n > 2 ? 2 : 0], v[0], out);
+  }
+}
 MC_INLINE float root(float x) { return __builtin_sqrtf(x); }
 MC_INLINE double root(double x) { return __builtin_sqrt(x); }
 // Running extremes pass over NaN in `x`.
