@@ -15,7 +15,8 @@ EPILOG = """what runs:
   train     a whole training step of an NTM on copy, batch 1, 16, 64, Adam included
   table     Markdown tables of the newest rows          plot      figures of the newest rows
 
-variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); naive (as commonly written, context only).
+variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); vectorised (of a step: formula by
+formula, all heads at once); naive (as commonly written, context only).
 Every variant is first checked against memcore.reference: nothing wrong is timed. One process, variants interleaved round by round,
 CPU seconds at one thread, wall seconds at more; ops and train show compile at one thread only. Gates hold at one thread.
 Rows are appended to rows.csv and rows.jsonl in --out.
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of all inputs")
     parser.add_argument("--time", type=float, default=1.0, metavar="X", help="measure X times as long (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-naive", action="store_true", help="leave the commonly written form out")
+    parser.add_argument("--no-naive", action="store_true", help="leave the vectorised and the commonly written form out")
     parser.add_argument("--quick", action="store_true", help="a few rounds at the least sizes: does it run? Nothing is kept without --out")
     parser.add_argument("--device", default="cpu", help="cpu; others are not measured yet")
     parser.add_argument("--out", metavar="DIR", help="folder of the rows (default: bench/results of a checkout, else ./bench-results)")
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.out or rows.default_folder()
     measured = [s for s in suites if s in SUITES]
     if measured:
-        variants = ["memcore", "eager"] + ["compile"] * (not args.no_compile) + ["naive"] * (not args.no_naive)
+        variants = ["memcore", "eager"] + ["compile"] * (not args.no_compile) + ["vectorised", "naive"] * (not args.no_naive)
         run = runner.Run(
             threads=args.threads,
             variants=tuple(variants),

@@ -113,8 +113,8 @@ _HEADS = {
 
 def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one suite's table; columns nobody fills are left out."""
-    head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "as commonly written, ms", "no memory work, ms",
-            "vs eager", "vs compile", "saved, memories a step (eager)", "aten calls (eager)", "GB/s", "gate", "met"]  # fmt: skip
+    head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "vectorised, ms", "as commonly written, ms", "no memory work, ms",
+            "vs eager", "vs compile", "vs vectorised", "saved, memories a step (eager)", "aten calls (eager)", "GB/s", "gate", "met"]  # fmt: skip
     lines = []
     for group in _grouped([r for r in rows if r["suite"] == suite]).values():
         ours = group.get("memcore") or next(iter(group.values()))
@@ -129,8 +129,9 @@ def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[
         dtype = "" if ours["dtype"] == "float32" else f" {ours['dtype']}"
         lines.append([
             f"{ours['op']} {ours['shape']}{dtype}", ours["pass"], str(ours["threads"]),
-            _ms(group.get("memcore")), _ms(theirs), _ms(group.get("compile")), _ms(group.get("naive")), _ms(group.get("floor")),
+            _ms(group.get("memcore")), _ms(theirs), _ms(group.get("compile")), _ms(group.get("vectorised")), _ms(group.get("naive")), _ms(group.get("floor")),
             _times(ours["ratio_vs_eager"]) if "memcore" in group else "", _times(ours["ratio_vs_compile"]) if "memcore" in group else "",
+            _times(group["vectorised"]["ms_median"] / ours["ms_median"]) if {"memcore", "vectorised"} <= group.keys() else "",
             pair("saved_memories", ".2f"), pair("aten_calls", ",") if suite == "train" else "",
             "" if ours["GB/s"] is None else f"{ours['GB/s']:.1f}",
             ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",

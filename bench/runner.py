@@ -25,7 +25,7 @@ class Run:
     """Settings of one `memcore bench` and the rows it has made."""
 
     threads: tuple[int, ...] = (1, 2)
-    variants: tuple[str, ...] = ("memcore", "eager", "compile", "naive")
+    variants: tuple[str, ...] = ("memcore", "eager", "compile", "vectorised", "naive")
     only: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("small", "mid", "large")
     batches: tuple[int, ...] = (1, 16, 64)
@@ -173,7 +173,7 @@ def _op_variants(run: Run, case: Any, shape: Shape, inputs: tuple[Tensor, ...], 
             function, why = measure.compiled(case.baseline("eager"), lambda f: f(*inputs))
             run.tell_once(why)
         else:
-            function = case.memcore() if name == "memcore" else case.baseline(name)
+            function = case.memcore() if name == "memcore" else None if name == "vectorised" else case.baseline(name)
         if function is not None:
             check(case, shape, name, function, inputs)
             made[name] = function
@@ -190,13 +190,19 @@ def chain(case: StepCase, one: Callable, inputs: tuple[Tensor, list[Tensor], Ten
     return [*reads, memory, weights]
 
 
+_STEP_FORMS = {
+    "vectorised": baselines.vectorised_ntm_step,
+    "naive": baselines.naive_ntm_step,
+    "floor": baselines.no_memory_step,
+}
+
+
 def _step_function(case: StepCase, variant: str) -> Callable:
     R, Hw = case.R, case.Hw
     if variant == "memcore":
         return lambda m, x, w: functional.ntm_step(m, x, w, read_heads=R, write_heads=Hw)
-    if variant == "naive":
-        return lambda m, x, w: baselines.naive_ntm_step(m, x, w, R, Hw)
-    return lambda m, x, w: baselines.eager_ntm_step(m, x, w, R, Hw)
+    form = _STEP_FORMS.get(variant, baselines.eager_ntm_step)
+    return lambda m, x, w: form(m, x, w, R, Hw)
 
 
 @dataclass(frozen=True)
@@ -318,8 +324,8 @@ def training_steps(
 
     made: dict[str, Callable[[], float]] = {}
     for name in variants:
-        forms = {"naive": baselines.naive_ntm_step, "floor": baselines.no_memory_step}
-        net = copy.deepcopy(model) if name == "memcore" else baselines.eager_ntm(model, forms.get(name, baselines.eager_ntm_step))
+        form = _STEP_FORMS.get(name, baselines.eager_ntm_step)
+        net = copy.deepcopy(model) if name == "memcore" else baselines.eager_ntm(model, form)
         if name == "compile":
             measure.fresh_compiler()
 

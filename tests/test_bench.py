@@ -80,17 +80,17 @@ def test_interface_order_moves_every_piece_to_its_place():
 
 def test_step_baselines_equal_the_reference_through_time():
     # step_variants compares outputs and gradients with float64, and raises if they differ.
-    made = runner.step_variants(STEPS["tiny"], ["memcore", "eager", "naive"])
-    assert set(made) == {"memcore", "eager", "naive"}
+    made = runner.step_variants(STEPS["tiny"], ["memcore", "eager", "vectorised", "naive"])
+    assert set(made) == {"memcore", "eager", "vectorised", "naive"}
     assert len(made["eager"].both()) == STEPS["tiny"].T + 2
 
 
 def test_training_baselines_are_the_same_model(monkeypatch):
     monkeypatch.setattr(runner, "COPY_LENGTH", 2)
-    made = runner.training_steps(2, ["memcore", "eager", "naive", "floor"])
+    made = runner.training_steps(2, ["memcore", "eager", "vectorised", "naive", "floor"])
     first = {name: step() for name, step in made.items()}
     second = {name: step() for name, step in made.items()}
-    for name in ("eager", "naive"):
+    for name in ("eager", "vectorised", "naive"):
         assert first[name] == pytest.approx(first["memcore"], rel=1e-5)
         assert second[name] == pytest.approx(second["memcore"], rel=1e-4)  # after one update by Adam
     assert second["memcore"] < first["memcore"]

@@ -33,26 +33,42 @@ template <class C> struct Pieces {
   }
 };
 
+// put(i, f(get(i))) for n scalars from anywhere, a vector of them at a time.
+template <class C, class G, class F, class P> MC_INLINE void map_scalars(int64_t n, G get, F f, P put) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t first = 0; first < n; first += L) {
+    const int64_t k = n - first < L ? n - first : L;
+    C t[L] = {};
+    for (int64_t i = 0; i < k; i++) t[i] = get(first + i);
+    store(t, f(load(t)));
+    for (int64_t i = 0; i < k; i++) put(first + i, t[i]);
+  }
+}
+
 // x [I] in C.
 template <class C> inline void activate(const Pieces<C>& p, const C* x, const InterfaceLayout& l) {
   constexpr int L = Lanes<C>::n;
-  const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W);
-  for (int64_t h = 0; h < l.heads(); h++) {
+  const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W), H = l.heads();
+  map_scalars<C>(
+      2 * H, [&](int64_t i) { return x[i < H ? l.strength(i) : l.gamma(i - H)]; }, [](Vec<C> v) { return softplus(v); },
+      [&](int64_t i, C y) {
+        if (i < H) p.strength[i] = y;
+        else p.gamma[i - H] = 1 + y;
+      });
+  map_scalars<C>(H, [&](int64_t h) { return x[l.gate(h)]; }, [](Vec<C> v) { return sigmoid(v); }, [&](int64_t h, C y) { p.gate[h] = y; });
+  for (int64_t h = 0; h < H; h++) {
     std::memcpy(p.key + h * Wp, x + l.head(h), (size_t)W * sizeof(C));
     fill(p.key + h * Wp + W, Wp - W, (C)0);
-    p.strength[h] = softplus(x[l.strength(h)]);
-    p.gate[h] = sigmoid(x[l.gate(h)]);
-    p.gamma[h] = 1 + softplus(x[l.gamma(h)]);
     const C* s = x + l.shift(h);
     C top = s[0], total = 0;
     for (int64_t j = 1; j < S; j++) top = s[j] > top || s[j] != s[j] ? s[j] : top;
-    for (int64_t j = 0; j < S; j++) total += p.shift[h * S + j] = exp1(s[j] - top);
+    map_scalars<C>(S, [&](int64_t j) { return s[j] - top; }, [](Vec<C> v) { return exp_negative(v); }, [&](int64_t j, C y) { total += p.shift[h * S + j] = y; });
     for (int64_t j = 0; j < S; j++) p.shift[h * S + j] /= total;
   }
   for (int64_t i = 0; i < l.Hw; i++) {
     for (int64_t w = 0; w < Wp; w += L) {
       const int part = W - w < L ? (int)(W - w) : L;
-      const Vec<C> e = 1 / (1 + exp(-load_n(x + l.erase(i) + w, part)));
+      const Vec<C> e = sigmoid(load_n(x + l.erase(i) + w, part));
       store(p.erase + i * Wp + w, first<C>(e, part));
       store(p.add + i * Wp + w, load_n(x + l.add(i) + w, part));
     }
@@ -61,12 +77,14 @@ template <class C> inline void activate(const Pieces<C>& p, const C* x, const In
 
 // dx [I] from the gradients of the pieces, which lie like the pieces.
 template <class C> inline void activate_backward(C* dx, const C* x, const Pieces<C>& p, const Pieces<C>& d, const InterfaceLayout& l) {
-  const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W);
-  for (int64_t h = 0; h < l.heads(); h++) {
+  const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W), H = l.heads();
+  const auto at = [&](int64_t i) { return i < H ? l.strength(i) : l.gamma(i - H); };
+  map_scalars<C>(  // the derivative of softplus
+      2 * H, [&](int64_t i) { return x[at(i)]; }, [](Vec<C> v) { return sigmoid(v); },
+      [&](int64_t i, C y) { dx[at(i)] = y * (i < H ? d.strength[i] : d.gamma[i - H]); });
+  for (int64_t h = 0; h < H; h++) {
     std::memcpy(dx + l.head(h), d.key + h * Wp, (size_t)W * sizeof(C));
-    dx[l.strength(h)] = d.strength[h] * sigmoid(x[l.strength(h)]);
     dx[l.gate(h)] = d.gate[h] * p.gate[h] * (1 - p.gate[h]);
-    dx[l.gamma(h)] = d.gamma[h] * sigmoid(x[l.gamma(h)]);
     C mean = 0;
     for (int64_t j = 0; j < S; j++) mean += p.shift[h * S + j] * d.shift[h * S + j];
     for (int64_t j = 0; j < S; j++) dx[l.shift(h) + j] = p.shift[h * S + j] * (d.shift[h * S + j] - mean);

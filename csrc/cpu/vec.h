@@ -370,19 +370,7 @@ MC_INLINE Vec<float> exp_negative(Vec<float> x) {
   const Vec<float> scale = (Vec<float>)(((UVec)t << 23) + 0x3f800000u);
   return x < -87.33654f ? Vec<float>{} : exp_reduced(t, x) * scale;
 }
-MC_INLINE Vec<float> exp(Vec<float> x) {
-  const Vec<float> c = x > 88.72284f ? splat(88.72284f) : x;
-  const Vec<float> t = c * 1.44269504088896341f + 12582912.0f;
-  // 2^k in two factors: k reaches 128.
-  const UVec k = (UVec)t - 0x4b400000u, h = (UVec)((IVec<float>)k >> 1);  // 0x4b400000: the bits of 12582912
-  const Vec<float> y = exp_reduced(t, c) * (Vec<float>)((h + 127u) << 23) * (Vec<float>)((k - h + 127u) << 23);
-  return x < -87.33654f ? Vec<float>{} : x > 88.72284f ? splat(infinity<float>()) : x != x ? x : y;
-}
 MC_INLINE Vec<double> exp_negative(Vec<double> x) {
-  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-MC_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_exp(x[i]);
   return x;
 }
@@ -404,15 +392,20 @@ MC_INLINE Vec<double> log_positive(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_log(x[i]);
   return x;
 }
-MC_INLINE float exp1(float x) { return exp(splat(x))[0]; }
-MC_INLINE double exp1(double x) { return __builtin_exp(x); }
-template <class C> MC_INLINE C sigmoid(C x) {
-  const C e = exp1(x < 0 ? x : -x);
-  return x < 0 ? e / (1 + e) : 1 / (1 + e);
+// log(1 + e) for 0 <= e <= 1: the rounding of 1 + e is divided out again.
+MC_INLINE Vec<float> log1p_unit(Vec<float> e) {
+  const Vec<float> u = 1.0f + e, d = u - 1.0f;
+  return d == 0 ? e : log_positive(u) * (e / d);
 }
-MC_INLINE float log1p_(float x) { return __builtin_log1pf(x); }
-MC_INLINE double log1p_(double x) { return __builtin_log1p(x); }
-template <class C> MC_INLINE C softplus(C x) { return (x > 0 || x != x ? x : 0) + log1p_(exp1(x > 0 ? -x : x)); }
+MC_INLINE Vec<double> log1p_unit(Vec<double> e) {
+  for (int i = 0; i < Lanes<double>::n; i++) e[i] = __builtin_log1p(e[i]);
+  return e;
+}
+template <class V> MC_INLINE V sigmoid(V x) {
+  const V e = exp_negative(x < 0 ? x : -x), s = 1 / (1 + e);
+  return x < 0 ? e * s : s;
+}
+template <class V> MC_INLINE V softplus(V x) { return (x < 0 ? V{} : x) + log1p_unit(exp_negative(x < 0 ? x : -x)); }
 
 // f(T{}) for the storage type named by `dtype`.
 template <class F> MC_INLINE void with_type(DType dtype, F f) {
