@@ -41,7 +41,7 @@ demo: build
 	$(VENV)/bin/memcore demo $(ARGS)
 
 bench: build
-	$(VENV)/bin/memcore bench $(or $(ARGS),roofline ops step train)
+	$(VENV)/bin/memcore bench $(or $(ARGS),roofline ops step train growth)
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package that the bare `pytest` command
 # (no checkout on sys.path) finds first. The runtimes are preloaded because Python itself is not instrumented.

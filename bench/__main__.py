@@ -7,22 +7,24 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-SUITES = ("roofline", "ops", "step", "train")
+SUITES = ("roofline", "ops", "step", "train", "growth")
 EPILOG = """what runs:
   roofline  read bandwidth of L2, L3, DRAM; float32 matrix products; one aten call (half a minute)
   ops       every operator at three sizes, forward and forward + backward
   step      ntm_step chained from Python, forward and backward through time, at three sizes; the cost of a call
   train     a whole training step of an NTM on copy, batch 1, 16, 64, Adam included
+  growth    how ntm_step's time and saved bytes grow with B, T, N, W; what 10,000 calls of every operator leave in memory
   table     Markdown tables of the newest rows          plot      figures of the newest rows
 
 variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); vectorised (of a step: formula by
 formula, all heads at once); naive (as commonly written, context only).
 Every variant is first checked against memcore.reference: nothing wrong is timed. One process, variants interleaved round by round,
-CPU seconds at one thread, wall seconds at more; ops and train show compile at one thread only. Gates hold at one thread.
+CPU seconds at one thread, wall seconds at more; ops and train show compile at one thread only. Gates hold at one thread;
+growth measures nothing else.
 Rows are appended to rows.csv and rows.jsonl in --out.
 
 examples:
-  memcore bench ops step train            everything, ten to twelve minutes on two quiet cores
+  memcore bench ops step train growth     everything, about a quarter of an hour on two quiet cores
   memcore bench ops --op read --op sharpen --no-compile
   memcore bench step --size small --quick
   memcore bench step --base HEAD~3        the same with an earlier revision beside it (checkout only)"""

@@ -1,7 +1,7 @@
 """What is measured: shapes, inputs, gates. One table serves the runner, the tests and pytest-benchmark."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 from .. import functional, reference
 from . import baselines
 
-__all__ = ["CASES", "Case", "Gate", "SHAPES", "STEPS", "Shape", "StepCase", "TRAIN_GATES", "TINY_STEP", "benchmark_op", "check"]
+__all__ = [
+    "CASES", "CALLS", "CALL_STEP", "Case", "GROWTH", "Gate", "HELD", "POWER", "SHAPES", "STEPS", "Shape", "StepCase", "TRAIN_GATES",
+    "TINY_STEP", "benchmark_op", "check",
+]  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -224,6 +227,15 @@ STEPS = {
     "tiny": StepCase(2, 2, 1, 8, 5, 3, Gate()),
 }
 TINY_STEP = StepCase(1, 1, 1, 8, 4, 1, Gate(us=60))  # nothing but the call
+# How cost grows: one size at a time from a chain whose memories are past the caches, so that work outweighs calls.
+_GROWN = StepCase(16, 1, 1, 512, 64, 10, Gate())
+_QUICK = StepCase(2, 1, 1, 16, 8, 2, Gate())
+_SIZES = {"B": (8, 16, 32, 64), "T": (5, 10, 20, 40), "N": (256, 512, 1024, 2048), "W": (16, 32, 64, 128)}
+GROWTH = {axis: tuple(replace(_GROWN, **{axis: n}) for n in sizes) for axis, sizes in _SIZES.items()}
+GROWTH_QUICK = {axis: tuple(replace(_QUICK, **{axis: n * getattr(_QUICK, axis)}) for n in (1, 2)) for axis in _SIZES}
+POWER = 1.1  # what counts as linear
+CALLS, CALL_STEP = 10_000, StepCase(16, 1, 1, 128, 20, 1, Gate())
+HELD = 1 << 20  # bytes the process may have grown by after CALLS calls: a leak of 105 bytes a call is told
 TRAIN_GATES = {1: Gate(1.6), 16: Gate(2.8), 64: Gate(4)}
 
 

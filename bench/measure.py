@@ -1,5 +1,6 @@
 """Measuring: interleaved timing, memory kept for the backward, aten calls, allocator and machine."""
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -8,8 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,9 +24,12 @@ __all__ = [
     "Timing",
     "aten_calls",
     "compiled",
+    "exponent",
     "fresh_compiler",
+    "held_bytes",
     "interleave",
     "machine",
+    "resident",
     "saved_bytes",
     "threads",
     "tune_allocator",
@@ -55,7 +58,7 @@ class Timing:
         return self.quantile(0.5)
 
 
-@contextmanager
+@contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """torch on `count` threads."""
     before = torch.get_num_threads()
@@ -130,6 +133,43 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
         result = forward()
     del result
     return total
+
+
+def resident() -> int | None:
+    """Bytes of this process that are in memory and in use; None where /proc does not tell.
+
+    Free memory goes back to the system first: a leak that is fed from blocks freed before would not show.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # malloc_trim is glibc's
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def held_bytes(call: Callable[[], object], calls: int, *, blocks: int = 20) -> tuple[Timing, int | None]:
+    """CPU seconds a call, and by how many bytes the process has grown after `calls` calls; a tenth of them goes before, uncounted."""
+    for _ in range(max(1, calls // 10)):  # pools, caches and lazy imports fill up
+        call()
+    samples = []
+    each = max(1, calls // blocks)
+    before = resident()
+    for _ in range(max(1, calls // each)):
+        start = time.process_time()
+        for _ in range(each):
+            call()
+        samples.append((time.process_time() - start) / each)
+    after = resident()
+    return Timing(tuple(samples)), None if before is None or after is None else after - before
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """p of the `size ** p` that fits best: least squares of the logarithms."""
+    xs, ys = [math.log(s) for s in sizes], [math.log(v) for v in values]
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
 class _Calls(TorchDispatchMode):

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FIELDS", "append", "default_folder", "markdown", "newest", "read", "text"]
+from .measure import exponent
+
+__all__ = ["FIELDS", "append", "default_folder", "markdown", "newest", "powers", "read", "text"]
 
 FIELDS = (
     "commit", "date", "cpu", "cores", "torch", "backend", "isa", "device", "allocator", "threads", "clock",
@@ -108,13 +111,52 @@ _HEADS = {
     "step": "`ntm_step` chained, (B,read/write heads,N,W)",
     "train": "training step",
     "calls": "call",
+    "growth": "`ntm_step` chained, (B,read/write heads,N,W), forward + backward",
+    "held": "call",
 }
+_STEP_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")
+
+
+def powers(rows: Sequence[dict[str, Any]], axis: str) -> tuple[float, float]:
+    """How time and saved bytes of one variant's chains grow with the size `axis`: as its power."""
+    sizes = [int(_STEP_SHAPE.match(r["shape"])[axis]) for r in rows]
+    return exponent(sizes, [r["ms_median"] for r in rows]), exponent(sizes, [r["saved_bytes"] for r in rows])
+
+
+def _growth(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the growth table: a line for each size that was varied."""
+    head = [_HEADS["growth"], "varied", "memcore, ms", "time grows as (eager)", "saved grows as (eager)",
+            "saved, memories a step (eager)", "gate", "met"]  # fmt: skip
+    lines = []
+    rows = [r for r in rows if r["date"] == rows[-1]["date"]]  # one run: another may have had other sizes
+    for kind in dict.fromkeys(r["pass"] for r in rows):
+        axis = kind.rpartition(" ")[2]
+        ordered = sorted((r for r in rows if r["pass"] == kind), key=lambda r: int(_STEP_SHAPE.match(r["shape"])[axis]))
+        group = {v: [r for r in ordered if r["variant"] == v] for v in ("memcore", "eager")}
+        if len(group["memcore"]) < 2:
+            continue
+        ours, last = group["memcore"], group["memcore"][-1]
+        time, saved = (f"{axis}^{p:.2f}" for p in powers(ours, axis))
+        kept = f"{last['saved_memories']:.2f}"
+        if len(group["eager"]) > 1:
+            theirs = powers(group["eager"], axis)
+            time, saved = f"{time} ({axis}^{theirs[0]:.2f})", f"{saved} ({axis}^{theirs[1]:.2f})"
+            kept += f" ({group['eager'][-1]['saved_memories']:.2f})"
+        sizes = ", ".join(_STEP_SHAPE.match(r["shape"])[axis] for r in ours)
+        lines.append([
+            f"ntm_step {last['shape']}", f"{axis} = {sizes}", ", ".join(_ms(r) for r in ours), time, saved, kept,
+            last["gate"] or "", "" if last["passed"] is None else "yes" if last["passed"] else "NO",
+        ])  # fmt: skip
+    return head, lines
 
 
 def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one suite's table; columns nobody fills are left out."""
-    head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "vectorised, ms", "as commonly written, ms", "no memory work, ms",
-            "vs eager", "vs compile", "vs vectorised", "saved, memories a step (eager)", "aten calls (eager)", "GB/s", "gate", "met"]  # fmt: skip
+    if suite == "growth":
+        return _growth([r for r in rows if r["suite"] == suite])
+    head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "vectorised, ms", "as commonly written, ms",
+            "no memory work, ms", "vs eager", "vs compile", "vs vectorised", "saved, memories a step (eager)", "aten calls (eager)", "GB/s",
+            "grown by, KiB", "gate", "met"]  # fmt: skip
     lines = []
     for group in _grouped([r for r in rows if r["suite"] == suite]).values():
         ours = group.get("memcore") or next(iter(group.values()))
@@ -134,6 +176,7 @@ def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[
             _times(group["vectorised"]["ms_median"] / ours["ms_median"]) if {"memcore", "vectorised"} <= group.keys() else "",
             pair("saved_memories", ".2f"), pair("aten_calls", ",") if suite == "train" else "",
             "" if ours["GB/s"] is None else f"{ours['GB/s']:.1f}",
+            f"{ours['saved_bytes'] / 1024:.0f}" if suite == "held" else "",
             ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",
         ])  # fmt: skip
     used = [i for i in range(len(head)) if any(line[i] for line in lines)]

@@ -1,4 +1,4 @@
-"""The suites behind `memcore bench`: single operators, chained NTM steps, whole training steps, the machine's limits."""
+"""The suites behind `memcore bench`: single operators, chained NTM steps, whole training steps, growth, the machine's limits."""
 
 import copy
 import sys
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import backend, functional
 from . import baselines, measure
-from .cases import CASES, SHAPES, STEPS, TINY_STEP, TOLERANCE, TRAIN_GATES, Gate, Shape, StepCase, check, close, runnable, tuples
+from .cases import CALL_STEP, CALLS, CASES, GROWTH, GROWTH_QUICK, HELD, POWER, SHAPES, STEPS, TINY_STEP, TOLERANCE, TRAIN_GATES
+from .cases import Gate, Shape, StepCase, check, close, runnable, tuples
 from .measure import Timing
-from .rows import FIELDS
+from .rows import FIELDS, powers
 
-__all__ = ["Run", "calls", "chain", "ops", "roofline", "step", "step_variants", "train", "training_steps"]
+__all__ = ["Run", "calls", "chain", "growth", "held", "ops", "roofline", "step", "step_variants", "train", "training_steps"]
 
 COPY_LENGTH = 20  # 41 time steps
 
@@ -378,6 +379,57 @@ def train(run: Run) -> None:
                 timings = run.time(variants, count, 8 if count == 1 else 4)
             shape = f"copy B={batch_size} T={2 * COPY_LENGTH + 1} N=128 W=20 LSTM 100"
             run.add("train", "NTM", shape, "train step", count, timings, aten=aten, gate=TRAIN_GATES.get(batch_size))
+
+
+def growth(run: Run) -> None:
+    """How cost grows: time and saved bytes of chained steps with each size, and the process over thousands of calls; one thread."""
+    names = [v for v in ("memcore", "eager") if v in run.variants]
+    for axis, points in {} if run.only else (GROWTH_QUICK if run.quick else GROWTH).items():
+        with measure.threads(1):
+            chains = {(i, name): c for i, case in enumerate(points) for name, c in step_variants(case, names, run.seed).items()}
+            timings = run.time({key: c.both for key, c in chains.items()}, 1, 6)  # all sizes in the same rounds
+            saved = {key: c.saved_bytes() for key, c in chains.items()}
+        before = len(run.rows)
+        for i, case in enumerate(points):
+            run.add(
+                "growth", "ntm_step", case, f"fwd+bwd over {axis}", 1, {name: timings[i, name] for name in names},
+                saved={name: saved[i, name] for name in names},
+                memory=case.T * case.memory_bytes,
+            )  # fmt: skip
+        ours = [r for r in run.rows[before:] if r["variant"] == "memcore"]
+        if ours and not run.quick:  # at the least sizes calls outweigh the work
+            ours[-1]["gate"] = f"time, saved <= {axis}^{POWER:g}"
+            ours[-1]["passed"] = all(p <= POWER for p in powers(ours, axis))
+    held(run)
+
+
+def held(run: Run) -> None:
+    """What the process has grown by after thousands of calls of each operator, forward and backward."""
+    if "memcore" not in run.variants:
+        return
+    made: dict[tuple[str, object, str], Callable[[], object]] = {}
+    for op, case in CASES.items():
+        if not run.only or op in run.only:
+            inputs = case.inputs(SHAPES["small"], run.dtype, run.seed)
+            function = case.memcore()
+            check(case, SHAPES["small"], "memcore", function, inputs)
+            call = runnable(case, function, inputs, bool(case.diff))
+            made[op, SHAPES["small"], "fwd+bwd" if case.diff else "fwd"] = call
+    if not run.only:
+        made["ntm_step", CALL_STEP, "fwd+bwd"] = step_variants(CALL_STEP, ["memcore"], run.seed)["memcore"].both
+    count = CALLS // 50 if run.quick else CALLS
+    for (op, shape, kind), call in made.items():
+        with measure.threads(1):
+            timing, grown = measure.held_bytes(call, count)
+        if grown is None:
+            run.tell_once("memory over many calls: not measured, this machine has no /proc/self/statm")
+            return
+        run.add(
+            "held", op, shape, f"{kind}, {count:,} calls", 1, {"memcore": timing}, saved={"memcore": grown},
+            dtype=torch.float32 if op == "ntm_step" else run.dtype,
+        )  # fmt: skip
+        if not run.quick:  # the bound is one for all of CALLS
+            run.rows[-1].update(gate=f"grown <= {HELD >> 10} KiB", passed=grown <= HELD)
 
 
 def roofline(run: Run) -> None:

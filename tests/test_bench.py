@@ -1,6 +1,7 @@
 """The benchmarks measure the right thing: baselines agree with the reference, counters count, rows and tables are sound."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,6 +218,105 @@ def test_figures_are_drawn_from_the_rows(run, tmp_path):
     assert all(p.stat().st_size > 5000 for p in drawn)
 
 
+def test_an_exponent_is_the_power_that_fits():
+    assert measure.exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert measure.exponent([5, 10, 40], [7, 28, 448]) == pytest.approx(2)
+    assert measure.exponent([2, 8], [9, 9]) == pytest.approx(0)
+
+
+def _grown(run, axis, power, saved_power=1):
+    """Rows of chains whose time and saved bytes grow with these powers of one size; memcore's alone is judged."""
+    for n in (10, 20, 40):
+        case = replace(STEPS["small"], **{axis: n})
+        run.add(
+            "growth", "ntm_step", case, f"fwd+bwd over {axis}", 1, _timings(memcore=1e-3 * n**power, eager=2e-3 * n),
+            saved={"memcore": 100 * n**saved_power, "eager": 700 * n}, memory=100 * n,
+        )  # fmt: skip
+    return [r for r in run.rows if r["variant"] == "memcore"]
+
+
+@pytest.mark.parametrize("axis", "BTNW")
+def test_powers_are_those_of_the_rows(run, axis):
+    assert rows.powers(_grown(run, axis, 1.5, 0.5), axis) == pytest.approx((1.5, 0.5))
+
+
+def test_the_growth_table_has_a_line_for_each_size_of_the_newest_run(run):
+    for row in _grown(run, "T", 3):  # an older run
+        row["date"] = "before"
+    run.rows[:] = [{**row, "date": "before"} for row in run.rows]
+    _grown(run, "T", 1.2)
+    _grown(run, "B", 1)
+    run.rows[-2].update(gate="time, saved <= B^1.1", passed=True)
+    lines = rows.markdown(run.rows).splitlines()
+    assert lines[2:4] == [
+        "| ntm_step (16,1/1,128,20) T=40 | T = 10, 20, 40 | 15.8, 36.4, 83.7 | T^1.20 (T^1.00) | T^1.00 (T^1.00) | 1.00 (7.00) |  |  |",
+        "| ntm_step (40,1/1,128,20) T=40 | B = 10, 20, 40 | 10, 20, 40 | B^1.00 (B^1.00) | B^1.00 (B^1.00) | 1.00 (7.00) "
+        "| time, saved <= B^1.1 | yes |",
+    ]
+
+
+def test_growth_is_measured_and_judged(monkeypatch):
+    monkeypatch.setattr(runner, "GROWTH", {"T": cases.GROWTH_QUICK["T"]})
+    monkeypatch.setattr(runner, "CALLS", 10)
+    run = runner.Run(scale=1e-3)
+    runner.growth(run)
+    chains = [r for r in run.rows if r["suite"] == "growth"]
+    assert [(r["shape"], r["variant"]) for r in chains] == [(f"(2,1/1,16,8) T={n}", v) for n in (2, 4) for v in ("memcore", "eager")]
+    ours = chains[::2]
+    assert ours[0]["saved_memories"] == pytest.approx(ours[1]["saved_memories"], rel=0.1)  # a step keeps the same at any length
+    assert [r["passed"] for r in ours] == [None, all(p <= cases.POWER for p in rows.powers(ours, "T"))]
+    monkeypatch.setattr(runner, "POWER", 0.9)  # saved bytes alone grow faster
+    run.rows.clear()
+    runner.growth(run)
+    assert [r["passed"] for r in run.rows if r["suite"] == "growth"] == [None, None, False, None]
+    held = [r for r in run.rows if r["suite"] == "held"]
+    assert [r["op"] for r in held] == [*CASES, "ntm_step"] and all(r["pass"].endswith(" 10 calls") for r in held)
+
+
+def test_quick_growth_judges_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(runner, "GROWTH_QUICK", {"B": cases.GROWTH_QUICK["B"]})
+    assert main(["growth", "--quick", "--op", "read", "--out", str(tmp_path)]) == 0
+    (row,) = rows.read(tmp_path)
+    assert (row["suite"], row["op"], row["pass"], row["gate"]) == ("held", "read", "fwd+bwd, 200 calls", None)
+    assert "fwd+bwd, 200 calls" in capsys.readouterr().out
+
+
+needs_proc = pytest.mark.skipif(measure.resident() is None, reason="needs /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("size", [10, 1000])
+def test_held_bytes_are_those_of_a_leak(size):
+    """Small ones and large ones, even where free blocks were at hand; the allocations of every call alone hold nothing."""
+    free = [torch.ones(1000) for _ in range(5000)]
+    free.clear()
+    kept = []
+    _, none = measure.held_bytes(lambda: torch.ones(size), 2000)
+    _, leaked = measure.held_bytes(lambda: kept.append(torch.ones(size)), 2000)
+    assert none < 2e5
+    assert 2000 * 4 * size < leaked < 2000 * (4 * size + 1500)
+
+
+@needs_proc
+def test_an_operator_that_leaks_fails_its_gate(monkeypatch):
+    kept = []
+    right = memcore.functional.read
+
+    def leaking(*args):
+        kept.append(torch.ones(100))
+        return right(*args)
+
+    run = runner.Run(only=("read", "interpolate"))
+    monkeypatch.setattr(runner, "CALLS", 3000)
+    monkeypatch.setattr(memcore.functional, "read", leaking)
+    runner.held(run)
+    interpolate, read = run.rows
+    assert (interpolate["op"], interpolate["passed"], interpolate["pass"]) == ("interpolate", True, "fwd+bwd, 3,000 calls")
+    assert (read["op"], read["passed"], read["gate"]) == ("read", False, "grown <= 1024 KiB")
+    assert read["saved_bytes"] > 3000 * 400
+    assert "| fwd+bwd, 3,000 calls | 1 |" in rows.markdown(run.rows) and "gates met: 1 of 2" in rows.text(run.rows)
+
+
 def test_foreign_columns_are_refused(run, tmp_path):
     (tmp_path / rows.CSV).write_text("a,b\n1,2\n")
     run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.0))
@@ -227,7 +327,7 @@ def test_foreign_columns_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["speed"], "'SUITE' must be one of roofline, ops, step, train, table, plot, got 'speed'"),
+        (["speed"], "'SUITE' must be one of roofline, ops, step, train, growth, table, plot, got 'speed'"),
         (["ops", "--device", "cuda"], "'--device' must be cpu .*, got 'cuda'"),
         (["ops", "--threads", "0"], "'--threads' must be numbers >= 1"),
         (["ops", "--time", "0"], "'--time' must be > 0, got 0"),
