@@ -50,7 +50,7 @@ test-asan: $(READY)
 	@MEMCORE_BUILD_NATIVE=1 MEMCORE_SANITIZE=$(SANITIZE) $(PY) setup.py -q build --build-lib build/asan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MEMCORE_BACKEND=native \
-	$(VENV)/bin/pytest -o pythonpath=build/asan -p no:cacheprovider tests/kernels tests/test_contract.py \
+	$(VENV)/bin/pytest -o pythonpath=build/asan -p no:cacheprovider tests/kernels tests/test_contract_numerics.py \
 	-k 'kernels or forward or gradient or strides or threads or empty' $(ARGS)
 
 clean:
