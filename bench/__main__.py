@@ -5,6 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .._stdio import quiet_pipe
+
 __all__ = ["main"]
 
 SUITES = ("roofline", "ops", "step", "train", "growth")
@@ -90,6 +92,7 @@ def _again(args: argparse.Namespace, suites: Sequence[str]) -> list[str]:
     return [*again, "--dtype", args.dtype, "--seed", str(args.seed), "--time", str(args.time)]
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `memcore bench`; returns the exit code.
 

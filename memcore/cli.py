@@ -1,6 +1,7 @@
 """The `memcore` command: parsing and printing only; the work is done in memcore.train, memcore.data, memcore.bench and friends.
 
-Exit codes: 0 done, 1 the run itself failed (it diverged), 2 bad input (one sentence on stderr), 130 / 143 stopped by Ctrl-C / SIGTERM.
+Exit codes: 0 done, 1 the run itself failed (it diverged), 2 bad input (one sentence on stderr), 130 / 143 stopped by Ctrl-C / SIGTERM,
+141 nobody reads the output any more (`| head`).
 """
 
 import argparse
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from ._stdio import quiet_pipe
 
 __all__ = ["main"]
 
@@ -394,6 +397,7 @@ def _run(args: argparse.Namespace) -> int:
         return {"train": _train, "eval": _eval, "plot": _plot, "doctor": _doctor, "demo": _demo}[args.command](args)
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -423,6 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         _say(f"memcore: {str(e) or 'interrupted'}" + ("; go on with --resume" if str(e) else ""))
         return 128 + getattr(e, "signum", 2)
+    except BrokenPipeError:
+        raise
     except Exception as e:
         if os.environ.get("MEMCORE_TRACEBACK") or not (
             isinstance(e, (ValueError, OSError, ImportError)) or str(e).startswith("memcore")

@@ -243,3 +243,45 @@ def test_doctor(capsys):
     assert {"ntm_step", "content_addressing", "lrua_write"} <= report["operators"].keys()
     code, out, _ = memcore(capsys, "doctor")
     assert code == 0 and "ntm_step" in out and torch.__version__ in out
+
+
+def nobody_reads(**options):
+    """A text stream into a pipe whose other end is closed."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as they are here")
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+@pytest.mark.parametrize("command", ["train", "eval", "plot", "bench", "data", "doctor", "demo"])
+def test_a_reader_that_has_gone_ends_every_command_without_a_word(command, broken, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("memcore.demo.run_demo", lambda *args, log, **options: log("training") or {})
+    argv = {
+        "train": [*LSTM[:-5], *LSTM[-4:], "--out", str(tmp_path / "r")],
+        "eval": ["eval", str(run), "--sequences", "1", "--json"],
+        "plot": ["plot", "curve", str(run), "--out", str(tmp_path / "a.png"), "--json"],
+        "bench": ["bench", "--op", "read", "--quick", "--no-compile", "--threads", "1", "--json"],
+        "data": ["data", "list"] if broken == "stdout" else ["data", "get", "nothing"],
+        "doctor": ["doctor", "--json"],
+        "demo": ["demo", "--out", str(tmp_path / "report")],
+    }
+    assert argv.keys() == next(a for a in cli._parser()._actions if a.dest == "command").choices.keys()
+    with nobody_reads(buffering=1) as stream:
+        monkeypatch.setattr(sys, broken, stream)
+        assert cli.main(argv[command]) == 141
+        monkeypatch.undo()
+    said = capsys.readouterr()
+    assert "rror" not in said.out + said.err and "roken" not in said.out + said.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as they are here")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", [["memcore", "doctor"], ["memcore", "--help"], ["memcore.bench", "table"], ["memcore.data", "list"]], ids=" ".join)
+def test_a_reader_that_has_gone_is_no_traceback(argv, unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with nobody_reads() as stream:
+        done = subprocess.run(
+            [sys.executable, "-m", *argv], stdout=stream, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parent.parent
+        )
+    assert done.stderr == "" and done.returncode == (0 if unbuffered and "--help" in argv else 141)  # argparse minds no pipe

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .._stdio import quiet_pipe
 from . import _mnist, _omniglot
 from ._files import DataDamaged, DataNotFound, cache_dir, written
 
@@ -86,7 +87,7 @@ def get(name: str, url: str | None = None, *, log: Callable[[str], None] | None 
                     _verify(Path(folder) / file, digest, address)
             say(f"checking and packing {name}")
             _install(name, Path(folder), target)
-    except DataNotFound:
+    except (DataNotFound, BrokenPipeError):  # the latter is `log`'s, whose reader has gone
         raise
     except OSError as e:
         raise OSError(f"memcore.data.get: cannot write into the cache {cache} ({e}); set XDG_CACHE_HOME to another folder") from e
@@ -136,6 +137,7 @@ def locate(name: str, root: str | None = None) -> Path:
     return _SOURCES[name].locate(root)
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m memcore.data` and `memcore data`: returns the exit code, 2 after an error told in one line."""
     parser = argparse.ArgumentParser(
@@ -162,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except DataNotFound as e:
                 print(f"{name}: {str(e).partition(': ')[2]}")
         return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError) as e:
         print(f"memcore: error: {e}", file=sys.stderr)
         return 2
