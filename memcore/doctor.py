@@ -87,7 +87,7 @@ def _self_check() -> str:
 
 def _data(root: str | None) -> dict[str, str]:
     found = {}
-    for name in ("omniglot", "mnist"):
+    for name in data_sets.names():
         try:
             found[name] = str(data_sets.locate(name, root))
         except (OSError, ValueError) as e:

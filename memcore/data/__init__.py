@@ -5,7 +5,7 @@ default `~/.cache/memcore`), which `get` and `python -m memcore.data get NAME` f
 """
 
 from ._files import DataDamaged, DataNotFound, cache_dir
-from ._get import get, locate, main
+from ._get import get, locate, main, names
 from ._lists import Vectors, vectors, words
 from ._mnist import Mnist, mnist
 from ._omniglot import Omniglot, omniglot
@@ -21,6 +21,7 @@ __all__ = [
     "locate",
     "main",
     "mnist",
+    "names",
     "omniglot",
     "vectors",
     "words",

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._stdio import quiet_pipe
-from . import _mnist, _omniglot
+from . import _lists, _mnist, _omniglot
 from ._files import DataDamaged, DataNotFound, cache_dir, written
 
-__all__ = ["get", "locate", "main"]
+__all__ = ["get", "locate", "main", "names"]
 
 _TIMEOUT = 20.0  # seconds without a byte
 
 
 class _Source(NamedTuple):
-    url: str
+    url: str | None  # None: no download
     files: dict[str, str]  # name -> MD5 or SHA-256 in hex
     check: Callable[[Path], object]  # reads the packed file, raises DataDamaged
     locate: Callable[..., Path]
+    remedy: str = ""  # what to do where there is no download
 
 
 _SOURCES = {
@@ -43,22 +44,36 @@ _SOURCES = {
         _mnist.read,
         _mnist.locate,
     ),
+    "sift5k": _Source(
+        "https://raw.githubusercontent.com/yahoojapan/NGT/63543779aba4d79959cd238c84dd4c33500bb801/data",
+        {"sift-dataset-5k.tsv": "2e638d749b01c62f4c238a53ae712a8ed558f8f901638a79c2020b32f4c86928"},
+        _lists.read_vectors,
+        lambda root=None: _lists.locate_vectors("sift5k", root),
+    ),
+    "words": _Source(None, {}, _lists.words, _lists.locate_words, _lists.NO_DOWNLOAD),
 }
+
+
+def names() -> tuple[str, ...]:
+    """The data sets there are loaders for; `vectors` reads other sets of its formats too."""
+    return tuple(_SOURCES)
 
 
 def get(name: str, url: str | None = None, *, log: Callable[[str], None] | None = None) -> Path:
     """Download a data set into the cache and return its file there; nothing happens if it is there and whole.
 
+    "words" is no download: its file is returned wherever it is found, and an error tells which package brings it.
+
     The files are checked by the checksums of their publisher, the pixels by those of this module. Files from another
     `url` may be packed otherwise, so there only the pixels decide.
 
     Args:
-        name: "omniglot" or "mnist".
+        name: "omniglot", "mnist", "sift5k" or "words".
         url: address of a folder with the same file names, in place of the publisher's.
         log: called with one line a step.
 
     Raises:
-        ValueError: for an unknown name or an address that is not http or https.
+        ValueError: for an unknown name, an address that is not http or https, or one for what is no download.
         DataNotFound: if a file cannot be downloaded.
         DataDamaged: if a checksum differs; the cache is left as it was.
     """
@@ -67,6 +82,10 @@ def get(name: str, url: str | None = None, *, log: Callable[[str], None] | None 
     if url is not None and not url.startswith(("http://", "https://")):
         raise ValueError(f"memcore.data.get: 'url' must start with http:// or https://, got {url!r}")
     source, cache, say = _SOURCES[name], cache_dir(), log or (lambda line: None)
+    if source.url is None:
+        if url is not None:
+            raise ValueError(f"memcore.data.get: 'url' must be left out for {name}, which is no download, got {url!r}")
+        return _at_hand(name, say)
     target = cache / f"{name}.npz"
     if target.exists():
         try:
@@ -95,9 +114,23 @@ def get(name: str, url: str | None = None, *, log: Callable[[str], None] | None 
     return target
 
 
+def _at_hand(name: str, say: Callable[[str], None]) -> Path:
+    """Where a data set that is no download lies, read once to see that it is whole."""
+    source = _SOURCES[name]
+    try:
+        path = source.locate()
+    except DataNotFound as e:
+        raise DataNotFound(f"memcore.data.get: {name} is no download; {source.remedy}, or put such a file into {cache_dir()} ({e})") from e
+    source.check(path)
+    say(f"{path} is there and whole")
+    return path
+
+
 def _install(name: str, folder: Path, target: Path) -> None:
     if name == "omniglot":
         _omniglot.pack(folder / "images_background.zip", target)
+    elif name == "sift5k":
+        _lists.pack_vectors(folder / "sift-dataset-5k.tsv", target)
     else:
         _mnist.read(folder / "mnist.npz")
         with written(target) as part:
@@ -146,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"The cache is {cache_dir()}; $XDG_CACHE_HOME moves it.",
     )
     commands = parser.add_subparsers(dest="command", metavar="{get,list}", required=True)
-    p = commands.add_parser("get", help="download a data set into the cache, checked")
+    p = commands.add_parser("get", help="download a data set into the cache, checked, or tell where it comes from")
     p.add_argument("name", choices=sorted(_SOURCES), help="which one")
     p.add_argument("--url", help="folder to download the files from, in place of their publisher's")
     commands.add_parser("list", help="where each data set is found")

@@ -79,6 +79,71 @@ def test_wrong_pixels_leave_nothing(digits, serve, cache):
     assert leftovers(cache) == []
 
 
+@pytest.fixture
+def ngt(tmp_path_factory):
+    """A folder with sift-dataset-5k.tsv as its publisher packs it, made of the real vectors."""
+    v = need(data.vectors)
+    rows = np.column_stack([np.concatenate([v.base, v.query]), np.arange(100_001, 105_001)])
+    folder = tmp_path_factory.mktemp("ngt")
+    np.savetxt(folder / "sift-dataset-5k.tsv", rows, "%d", "\t")
+    return folder
+
+
+def test_vectors_from_the_file_of_their_publisher(ngt, serve, cache, monkeypatch):
+    expected = need(data.vectors, root=ngt)  # read as it is, its neighbours worked out
+    url, asked = serve(ngt)
+    monkeypatch.setitem(_get._SOURCES, "sift5k", _get._SOURCES["sift5k"]._replace(url=url))  # so that the checksum counts
+    path = data.get("sift5k")
+    assert path == cache / "sift5k.npz" and leftovers(cache) == ["sift5k.npz"] and asked == ["/sift-dataset-5k.tsv"]
+    assert data.locate("sift5k") == path and data.get("sift5k") == path and len(asked) == 1
+    for a, b in zip(data.vectors(), expected, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    text = (ngt / "sift-dataset-5k.tsv").read_text()
+    path.unlink()
+    for wrong, message in (
+        (text.replace("\t13\t", "\t14\t", 1), "sha256 is [0-9a-f]{16}..., expected 0b6b221c"),
+        (text.replace("\t13\t", "\t256\t", 1), "5000 lines of 129 numbers, expected 5000 of 128 bytes"),
+        (text[: text.index("\n", 1000) + 1], "lines of 129 numbers, expected 5000"),
+        (text[:1000], "damaged"),
+        ("<html>", "damaged"),
+    ):
+        (ngt / "sift-dataset-5k.tsv").write_text(wrong)
+        with pytest.raises(data.DataDamaged, match="has SHA256 .*, expected 2e638d74"):
+            data.get("sift5k")
+        with pytest.raises(data.DataDamaged, match=message):  # from another address only the numbers decide
+            data.get("sift5k", url)
+    assert leftovers(cache) == []
+
+
+def test_what_is_no_download_is_found_or_its_source_told(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("memcore.data._lists._SYSTEM", tmp_path / "nowhere")
+    with pytest.raises(data.DataNotFound, match="words is no download; apt-get install wamerican-huge .*or put such a file into"):
+        data.get("words")
+    assert data.main(["get", "words"]) == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="'url' must be left out for words, which is no download, got 'http://x'"):
+        data.get("words", "http://x")
+    cache.mkdir(parents=True)
+    (cache / "words.txt").write_text("one\ntwo\n")
+    lines = []
+    assert data.get("words", log=lines.append) == cache / "words.txt" == data.locate("words")
+    assert lines == [f"{cache / 'words.txt'} is there and whole"]
+    (cache / "words.txt").write_text("one\none\n")
+    with pytest.raises(data.DataDamaged, match="1 repeated strings"):
+        data.get("words")
+
+
+def test_every_loader_is_listed_by_name(cache, monkeypatch, capsys, tmp_path):
+    from memcore import doctor
+
+    monkeypatch.setattr("memcore.data._lists._SYSTEM", tmp_path / "nowhere")
+    loaders = {n for n in data.__all__ if n.islower()} - {"cache_dir", "get", "locate", "main", "names"}
+    assert loaders == {n if n != "sift5k" else "vectors" for n in data.names()}
+    assert data.main(["list"]) == 0
+    listed = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    assert tuple(name for name, _, _ in listed) == data.names() == tuple(doctor.examine()["data"])
+    assert all("not found in" in where and ("data get " in where or "apt-get" in where) for _, _, where in listed)
+
+
 def test_no_network(serve, cache, tmp_path, monkeypatch):
     url, _ = serve(tmp_path)
     with pytest.raises(data.DataNotFound, match=r"cannot download .*/mnist.npz \(File not found\)") as e:
@@ -101,9 +166,9 @@ def test_a_cut_connection(cache, monkeypatch):
 
 
 def test_arguments_are_checked(cache, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="'name' must be one of omniglot, mnist, got 'imagenet'"):
+    with pytest.raises(ValueError, match="'name' must be one of omniglot, mnist, sift5k, words, got 'imagenet'"):
         data.get("imagenet")
-    with pytest.raises(ValueError, match="'name' must be one of omniglot, mnist, got 'imagenet'"):
+    with pytest.raises(ValueError, match="'name' must be one of omniglot, mnist, sift5k, words, got 'imagenet'"):
         data.locate("imagenet")
     with pytest.raises(ValueError, match="'url' must start with http:// or https://, got 'file:///etc'"):
         data.get("mnist", "file:///etc")
