@@ -26,6 +26,7 @@ class _Source(NamedTuple):
     check: Callable[[Path], object]  # reads the packed file, raises DataDamaged
     locate: Callable[..., Path]
     remedy: str = ""  # what to do where there is no download
+    form: str = ""  # and which file would do
 
 
 _SOURCES = {
@@ -50,7 +51,7 @@ _SOURCES = {
         _lists.read_vectors,
         lambda root=None: _lists.locate_vectors("sift5k", root),
     ),
-    "words": _Source(None, {}, _lists.words, _lists.locate_words, _lists.NO_DOWNLOAD),
+    "words": _Source(None, {}, _lists.words, _lists.locate_words, _lists.NO_DOWNLOAD, "words.txt[.xz|.gz], one string a line,"),
 }
 
 
@@ -120,7 +121,7 @@ def _at_hand(name: str, say: Callable[[str], None]) -> Path:
     try:
         path = source.locate()
     except DataNotFound as e:
-        raise DataNotFound(f"memcore.data.get: {name} is no download; {source.remedy}, or put such a file into {cache_dir()} ({e})") from e
+        raise DataNotFound(f"memcore.data.get: {name} is no download and was not found; {source.remedy}, or put {source.form} into {cache_dir()}") from e
     source.check(path)
     say(f"{path} is there and whole")
     return path

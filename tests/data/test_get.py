@@ -117,7 +117,7 @@ def test_vectors_from_the_file_of_their_publisher(ngt, serve, cache, monkeypatch
 
 def test_what_is_no_download_is_found_or_its_source_told(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("memcore.data._lists._SYSTEM", tmp_path / "nowhere")
-    with pytest.raises(data.DataNotFound, match="words is no download; apt-get install wamerican-huge .*or put such a file into"):
+    with pytest.raises(data.DataNotFound, match="words is no download and was not found; apt-get install wamerican-huge .*or put words.txt.* into"):
         data.get("words")
     assert data.main(["get", "words"]) == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="'url' must be left out for words, which is no download, got 'http://x'"):
