@@ -216,9 +216,13 @@ MC_INLINE f16 to_f16(float f) {
 #endif
 }
 
-// Contiguous conversion between storage and the accumulation type; a no-op copy where they are the same.
-MC_INLINE void widen(float* to, const float* from, int64_t n) { std::memcpy(to, from, (size_t)n * 4); }
-MC_INLINE void widen(double* to, const double* from, int64_t n) { std::memcpy(to, from, (size_t)n * 8); }
+// Contiguous conversion between storage and the accumulation type; a plain copy where they are the same. Empty tensors have no
+// address, which memcpy may not be given.
+template <class C> MC_INLINE void copy(C* to, const C* from, int64_t n) {
+  if (n > 0) std::memcpy(to, from, (size_t)n * sizeof(C));
+}
+MC_INLINE void widen(float* to, const float* from, int64_t n) { copy(to, from, n); }
+MC_INLINE void widen(double* to, const double* from, int64_t n) { copy(to, from, n); }
 template <class T> MC_INLINE void widen(float* to, const T* from, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX2__)
@@ -230,8 +234,8 @@ template <class T> MC_INLINE void widen(float* to, const T* from, int64_t n) {
 #endif
   for (; i < n; i++) to[i] = to_float(from[i]);
 }
-MC_INLINE void narrow(float* to, const float* from, int64_t n) { std::memcpy(to, from, (size_t)n * 4); }
-MC_INLINE void narrow(double* to, const double* from, int64_t n) { std::memcpy(to, from, (size_t)n * 8); }
+MC_INLINE void narrow(float* to, const float* from, int64_t n) { copy(to, from, n); }
+MC_INLINE void narrow(double* to, const double* from, int64_t n) { copy(to, from, n); }
 MC_INLINE void narrow(bf16* to, const float* from, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
 }
