@@ -162,7 +162,7 @@ template <class C> struct Similarity {
 template <class T>
 MC_INLINE void similarity_rows(
     const Similarity<Acc<T>>& s, const Acc<T>* m, int64_t n, int64_t rows, const Acc<T>* base, Acc<T>* dm, const Acc<T>* c, const Acc<T>* own, Acc<T>* dk) {
-  if (dk && dm && base && s.cosine) return pull_push(dm, base, m, rows, s.W, c + n, s.Np, s.H, s.key, dk, s.Wp, own + n);
+  if (dk && dm && s.cosine) return pull_push(dm, base, m, rows, s.W, c + n, s.Np, s.H, s.key, dk, s.Wp, own + n);
   if (dk) gather(m, s.W, rows, s.W, c + n, s.Np, s.H, dk, s.Wp);
   if (!dm) return;
   if (s.cosine) scatter_own(dm, s.W, base, s.W, rows, s.W, c + n, s.Np, s.H, s.key, s.Wp, own + n, m, s.W);

@@ -551,7 +551,7 @@ inline void write_read_backward(
 }
 
 // gather and scatter_own in one pass: out = base + sum over h of c_h key_h - own m, dkey[h] += sum over n of c[h][n] m[n].
-template <int HB, int NC, bool FULL, class C>
+template <int HB, int NC, bool FULL, bool BASE, class C>
 MC_INLINE void pull_push_tile(
     C* out, const C* base, const C* m, int64_t ld, int64_t rows, int part, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk,
     const C* own) {
@@ -566,7 +566,7 @@ MC_INLINE void pull_push_tile(
     const Vec<C> s = splat(own[n]);
     Vec<C> row[NC], v[NC];
 #pragma GCC unroll 4
-    for (int j = 0; j < NC; j++) row[j] = get(m + n * ld, j), v[j] = get(base + n * ld, j) - s * row[j];
+    for (int j = 0; j < NC; j++) row[j] = get(m + n * ld, j), v[j] = (BASE ? get(base + n * ld, j) : Vec<C>{}) - s * row[j];
 #pragma GCC unroll 8
     for (int h = 0; h < HB; h++) {
       const Vec<C> x = splat(c[h * ldc + n]);
@@ -584,34 +584,41 @@ MC_INLINE void pull_push_tile(
     for (int j = 0; j < NC; j++) store(dkey + h * ldk + j * L, load(dkey + h * ldk + j * L) + acc[h][j]);
 }
 
-template <int HB, class C>
+template <int HB, bool BASE, class C>
 MC_INLINE void pull_push_heads(
     C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own) {
   constexpr int L = Lanes<C>::n, NC = kBytes == 64 || HB <= 2 ? 2 : 1;
   int64_t w = 0;
   for (; w + NC * L <= W; w += NC * L)
-    pull_push_tile<HB, NC, true>(out + w, base + w, m + w, W, rows, L, c, ldc, key + w, dkey + w, ldk, own);
+    pull_push_tile<HB, NC, true, BASE>(out + w, BASE ? base + w : base, m + w, W, rows, L, c, ldc, key + w, dkey + w, ldk, own);
   const int64_t left = W - w;
   if (NC == 2 && left > L)
-    pull_push_tile<HB, 2, false>(out + w, base + w, m + w, W, rows, (int)(left - L), c, ldc, key + w, dkey + w, ldk, own);
-  else if (left == L) pull_push_tile<HB, 1, true>(out + w, base + w, m + w, W, rows, L, c, ldc, key + w, dkey + w, ldk, own);
-  else if (left > 0) pull_push_tile<HB, 1, false>(out + w, base + w, m + w, W, rows, (int)left, c, ldc, key + w, dkey + w, ldk, own);
+    pull_push_tile<HB, 2, false, BASE>(out + w, BASE ? base + w : base, m + w, W, rows, (int)(left - L), c, ldc, key + w, dkey + w, ldk, own);
+  else if (left == L) pull_push_tile<HB, 1, true, BASE>(out + w, BASE ? base + w : base, m + w, W, rows, L, c, ldc, key + w, dkey + w, ldk, own);
+  else if (left > 0) pull_push_tile<HB, 1, false, BASE>(out + w, BASE ? base + w : base, m + w, W, rows, (int)left, c, ldc, key + w, dkey + w, ldk, own);
 }
 
-// base may be out itself.
-template <class C>
-inline void pull_push(
+// base may be null (zero) and may be out itself.
+template <bool BASE, class C>
+MC_INLINE void pull_push_any(
     C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk,
     const C* own) {
-  if (H == 1) pull_push_heads<1>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
-  else if (H == 2) pull_push_heads<2>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
-  else if (H == 3) pull_push_heads<3>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
-  else if (H == 4) pull_push_heads<4>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
-  else if (H == 5) pull_push_heads<5>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  if (H == 1) pull_push_heads<1, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 2) pull_push_heads<2, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 3) pull_push_heads<3, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 4) pull_push_heads<4, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
+  else if (H == 5) pull_push_heads<5, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own);
   else {
     gather(m, W, rows, W, c, ldc, H, dkey, ldk);
     scatter_own(out, W, base, W, rows, W, c, ldc, H, key, ldk, own, m, W);
   }
+}
+template <class C>
+inline void pull_push(
+    C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk,
+    const C* own) {
+  if (base) pull_push_any<true>(out, base, m, rows, W, c, ldc, H, key, dkey, ldk, own);
+  else pull_push_any<false>(out, base, m, rows, W, c, ldc, H, key, dkey, ldk, own);
 }
 
 }  // namespace MC_ISA
