@@ -41,7 +41,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "ntm": _heads(1, read_heads=4, controller_size=256, **_FEEDFORWARD),
             "lstm": _LSTM,
         },
-        "dynamic-ngrams": {"train": {**_ADAM, "steps": 5_000}, "ntm": _heads(1), "lstm": _LSTM},
+        # Slots that differ from the start can be found by content, one for each context; the controller's own state holds the last bits.
+        "dynamic-ngrams": {
+            "train": {**_ADAM, "steps": 6_000, "lr": 2e-3},
+            "ntm": _heads(1, memory_init="learned"),
+            "lstm": _LSTM,
+        },
         "priority-sort-small": {"train": {**_ADAM, "steps": 10_000}, "ntm": _heads(4, controller_size=128), "lstm": _LSTM},
         "priority-sort": {"train": {**_ADAM, "steps": 500_000}, "ntm": _heads(5, controller_layers=2), "lstm": _LSTM},
         "omniglot": {
