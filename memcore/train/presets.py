@@ -47,7 +47,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "ntm": _heads(1, memory_init="learned"),
             "lstm": _LSTM,
         },
-        "priority-sort-small": {"train": {**_ADAM, "steps": 10_000}, "ntm": _heads(4, controller_size=128), "lstm": _LSTM},
+        "priority-sort-small": {
+            "train": {**_ADAM, "steps": 10_000},
+            "ntm": _heads(4, controller_size=128, **_FEEDFORWARD),
+            "lstm": _LSTM,
+        },
         "priority-sort": {"train": {**_ADAM, "steps": 500_000}, "ntm": _heads(5, controller_layers=2), "lstm": _LSTM},
         "omniglot": {
             "task": {"shift": 2},  # pixels of 20 by which training drawings move
