@@ -34,7 +34,7 @@ def _heads(n: int, **more: Any) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
         "copy": {"train": {**_NTM_ADAM, "steps": 8_000}, "ntm": _heads(1, **_FEEDFORWARD), "lstm": _LSTM},
-        "repeat-copy": {"train": {**_ADAM, "steps": 10_000}, "ntm": _heads(1), "lstm": _LSTM},
+        "repeat-copy": {"train": {**_NTM_ADAM, "steps": 10_000}, "ntm": _heads(1, **_FEEDFORWARD), "lstm": _LSTM},
         # One or two read heads left most seeds at 3 to 17 bits; four solve two of three.
         "associative-recall": {
             "train": {**_NTM_ADAM, "steps": 4_000},
