@@ -125,7 +125,8 @@ class RepeatCopy(BitTask):
         self.guess = bits * (1 + max_length) / 2 * (1 + max_repeats) / 2
         self.defaults = _settings((1, 100, 1), (1, 100), 512, 1e-4, 3e-5)
         self.test_settings = {
-            f"T={n},R={r}": {"length": n, "repeats": r} for n, r in ((10, 10), (20, 10), (10, 20))
+            "in range": {"ragged": True},  # a T and an R for each sequence
+            **{f"T={n},R={r}": {"length": n, "repeats": r} for n, r in ((10, 10), (20, 10), (10, 20))},
         }
 
     def _draw(

@@ -238,7 +238,11 @@ def test_test_settings_are_overrides(name):
         batch = task.sample(1, generator=seeded(), **overrides)
         assert batch.mask.sum() > 0
     assert task.defaults["cpu"]["batch_size"] in range(16, 33) and task.defaults["paper"]["batch_size"] == 1
-    lengths = {"copy": {"10", "20", "30", "40", "50", "80", "120"}, "associative-recall": {"6", "10", "12", "15", "20"}}
+    lengths = {
+        "copy": {"10", "20", "30", "40", "50", "80", "120"},
+        "repeat-copy": {"in range", "T=20,R=10", "T=10,R=20"},
+        "associative-recall": {"6", "10", "12", "15", "20"},
+    }
     assert set(task.test_settings) >= lengths.get(name, set())
 
 
