@@ -1,8 +1,8 @@
 """Settings of `memcore train`: one table by preset and task. Everything a run uses that is not on its command line is here.
 
 `default` takes minutes on one core: of three seeds tried, all solve copy and two solve recall; in small sort all three stay below the
-LSTM and none solves it; of two n-gram seeds one comes near the optimum; repeat copy, on the one seed run, is nearly learned within its
-range (1.7 % wrong bits) and not beyond; the entry of full sort is not tuned yet. `paper` is what the papers report (Graves et al. 2014,
+LSTM and none solves it; of two n-gram seeds one comes near the optimum; two of three nearly learn repeat copy within its
+range (1.7 and 2.6 % wrong bits), none beyond; the entry of full sort is not tuned yet. `paper` is what the papers report (Graves et al. 2014,
 section 4.6 tables 1-3; Santoro et al. 2016, section 4): batch 1, hours to days.
 
 An entry holds `task` (options of the task), `train` (arguments of `train`, shared by every model so that arms get equal updates on equal
