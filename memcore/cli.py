@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -317,6 +317,20 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _named(text: str, known: Iterable[str]) -> list[str]:
+    """The names in a comma-separated list; a name may hold commas itself, as T=20,R=10 does: the longest that fits is taken."""
+    known, names, rest = list(known), [], text
+    while rest:
+        fits = [name for name in known if rest == name or rest.startswith(f"{name},")]
+        if not fits:
+            break
+        names.append(max(fits, key=len))
+        rest = rest[len(names[-1]) + 1 :]
+    if rest or not names:
+        raise ValueError(f"memcore eval: '--settings' must name some of {'; '.join(known)}, got {rest!r}")
+    return names
+
+
 def _eval(args: argparse.Namespace) -> int:
     from .train import evaluate, load_run
     from .train.experiment import split
@@ -325,11 +339,7 @@ def _eval(args: argparse.Namespace) -> int:
     model, task, config = load_run(args.run, data=args.data)
     settings = dict(task.test_settings)
     if args.settings is not None:
-        names = args.settings.split(",")
-        for name in names:
-            if name not in settings:
-                raise ValueError(f"memcore eval: '--settings' must name some of {', '.join(settings)}, got {name!r}")
-        settings = {name: settings[name] for name in names}
+        settings = {name: settings[name] for name in _named(args.settings, settings)}
     if args.set:
         settings = {" ".join(f"{k}={v}" for k, v in args.set): dict(args.set)}
     seed = TEST_SEED if args.seed is None else args.seed

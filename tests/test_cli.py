@@ -95,6 +95,17 @@ def test_eval_of_all_of_some_and_of_a_setting_of_ones_own(capsys, run):
     assert code == 0 and "length=2" in out and "wrong_bits" in out
 
 
+def test_settings_whose_names_hold_commas():
+    from memcore.cli import _named
+
+    known = ["T=10", "T=10,R=20", "in range"]
+    assert _named("T=10,R=20,in range", known) == ["T=10,R=20", "in range"]
+    assert _named("in range,T=10", known) == ["in range", "T=10"]
+    for bad in ("", "T=10,R=2", "in range,40"):
+        with pytest.raises(ValueError, match="'--settings' must name some of"):
+            _named(bad, known)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
