@@ -49,7 +49,7 @@ template <class T> void backward(const WriteArgs& a, int64_t begin, int64_t end)
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
       C* dm = sink.place(to, grad);
       if (a.H == 0) scatter(dm, a.W, g, a.W, rows, a.W, w, Np, 0, v, Wp);
-      else erase_add_backward(dm, a.W, g, a.W, m, a.W, rows, a.W, w + n, Np, a.H, e, v, Wp, dw + n, Np, de, dv, scratch);
+      else erase_add_backward(dm, g, m, rows, a.W, w + n, Np, a.H, e, v, Wp, dw + n, Np, de, dv, scratch);
       sink.finish(to, dm, rows * a.W);
     }
     narrow_rows((T*)a.dweights + b * a.H * a.N, dw, a.H, a.N, Np);

@@ -118,7 +118,7 @@ template <class T> struct Step {
       }
       if (a.Hw > 0)
         erase_add_backward(
-            dm, a.W, g, a.W, m, a.W, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp, dww + n, Np, d.erase, d.add, scratch);
+            dm, g, m, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp, dww + n, Np, d.erase, d.add, scratch);
       else if (g != dm) std::memcpy(dm, g, (size_t)(rows * a.W) * sizeof(C));
       if (reading && !a.write_first) scatter(dm, a.W, dm, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
     }

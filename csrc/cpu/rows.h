@@ -331,88 +331,6 @@ inline void erase_add(
   scatter(out, ldo, m, ldm, rows, W, c, ldc, H, a, lda);
 }
 
-// Backward of erase_add on a block. With f_h = 1 - c_h e_h, P = prod f_h, q_h = g m prod over h' != h of f_h':
-//   dm = g P        dc[h][n] += sum over w of (a_h g - e_h q_h)        de[h] -= sum over n of c_h q_h        da[h] += sum over n of c_h g
-// dm may be g itself.
-template <int R, class C>
-MC_INLINE void erase_add_backward_rows(
-    C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t W, const C* c, const C* e, const C* a, C* dc, C* de, C* da) {
-  constexpr int L = Lanes<C>::n;
-  Vec<C> s[4], x[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) s[r] = Vec<C>{}, x[r] = splat(c[r]);
-  const auto chunk = [&](int64_t w, auto get, auto put) __attribute__((always_inline)) {
-    const Vec<C> ev = load(e + w), av = load(a + w);
-    Vec<C> dev = load(de + w), dav = load(da + w);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const Vec<C> gv = get(g + r * ldg + w), q = gv * get(m + r * ldm + w);
-      s[r] += av * gv - ev * q;
-      dev -= x[r] * q;
-      dav += x[r] * gv;
-      put(dm + r * lddm + w, gv - gv * (x[r] * ev));
-    }
-    store(de + w, dev);
-    store(da + w, dav);
-  };
-  int64_t w = 0;
-  for (; w + L <= W; w += L)
-    chunk(w, [](const C* p) { return load(p); }, [](C* p, Vec<C> v) { store(p, v); });
-  if (w < W) {
-    const int part = (int)(W - w);
-    chunk(w, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vec<C> v) { store_part(p, v, part); });
-  }
-  if (R == 4) {
-    C t[4];
-    sum4(s[0], s[1], s[2], s[3], t);
-    for (int r = 0; r < R; r++) dc[r] += t[r];
-  } else {
-    dc[0] += sum<C>(s[0]);
-  }
-}
-
-template <class C>
-MC_INLINE void erase_add_backward_one(
-    C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, const C* e, const C* a, C* dc, C* de, C* da) {
-  int64_t n = 0;
-  for (; n + 4 <= rows; n += 4)
-    erase_add_backward_rows<4>(dm + n * lddm, lddm, g + n * ldg, ldg, m + n * ldm, ldm, W, c + n, e, a, dc + n, de, da);
-  for (; n < rows; n++)
-    erase_add_backward_rows<1>(dm + n * lddm, lddm, g + n * ldg, ldg, m + n * ldm, ldm, W, c + n, e, a, dc + n, de, da);
-}
-
-// `scratch` holds (2 H + 1) vectors.
-template <class C>
-inline void erase_add_backward(
-    C* dm, int64_t lddm, const C* g, int64_t ldg, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H,
-    const C* e, const C* a, int64_t lda, C* dc, int64_t lddc, C* de, C* da, C* scratch) {
-  if (H == 1) return erase_add_backward_one(dm, lddm, g, ldg, m, ldm, rows, W, c, e, a, dc, de, da);
-  constexpr int L = Lanes<C>::n;
-  C *before = scratch, *s = scratch + (H + 1) * L;  // products of the factors before head h; row sums
-  for (int64_t n = 0; n < rows; n++) {
-    for (int64_t h = 0; h < H; h++) store(s + h * L, Vec<C>{});
-    for (int64_t w = 0; w < W; w += L) {
-      const int part = W - w < L ? (int)(W - w) : L;
-      const Vec<C> gv = load_n(g + n * ldg + w, part), q = gv * load_n(m + n * ldm + w, part);
-      Vec<C> p = splat((C)1);
-      for (int64_t h = 0; h < H; h++) {
-        store(before + h * L, p);
-        p *= 1 - splat(c[h * ldc + n]) * load(e + h * lda + w);
-      }
-      store_n(dm + n * lddm + w, gv * p, part);
-      Vec<C> after = splat((C)1);
-      for (int64_t h = H - 1; h >= 0; h--) {
-        const Vec<C> x = splat(c[h * ldc + n]), ev = load(e + h * lda + w), qh = q * load(before + h * L) * after;
-        store(s + h * L, load(s + h * L) + load(a + h * lda + w) * gv - ev * qh);
-        store(de + h * lda + w, load(de + h * lda + w) - x * qh);
-        store(da + h * lda + w, load(da + h * lda + w) + x * gv);
-        after *= 1 - x * ev;
-      }
-    }
-    for (int64_t h = 0; h < H; h++) dc[h * lddc + n] += sum<C>(load(s + h * L));
-  }
-}
-
 // ---- fused passes of a step with one write head ----
 
 constexpr int kFusedReads = 4;  // read heads whose sums stay in registers
@@ -548,6 +466,41 @@ inline void write_read_backward(
   else if (R == 2) write_read_backward_heads<2>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
   else if (R == 3) write_read_backward_heads<3>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
   else write_read_backward_heads<4>(dm, g, m, rows, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da);
+}
+
+// Backward of erase_add on a block. With f_h = 1 - c_h e_h, P = prod f_h, q_h = g m prod over h' != h of f_h':
+//   dm = g P        dc[h][n] += sum over w of (a_h g - e_h q_h)        de[h] -= sum over n of c_h q_h        da[h] += sum over n of c_h g
+// dm may be g itself.
+// `scratch` holds (2 H + 1) vectors.
+template <class C>
+inline void erase_add_backward(
+    C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H,
+    const C* e, const C* a, int64_t lda, C* dc, int64_t lddc, C* de, C* da, C* scratch) {
+  if (H == 1) return write_read_backward_heads<0>(dm, g, m, rows, W, c, e, a, c, 0, a, 0, dc, dc, de, da);
+  constexpr int L = Lanes<C>::n;
+  C *before = scratch, *s = scratch + (H + 1) * L;  // products of the factors before head h; row sums
+  for (int64_t n = 0; n < rows; n++) {
+    for (int64_t h = 0; h < H; h++) store(s + h * L, Vec<C>{});
+    for (int64_t w = 0; w < W; w += L) {
+      const int part = W - w < L ? (int)(W - w) : L;
+      const Vec<C> gv = load_n(g + n * W + w, part), q = gv * load_n(m + n * W + w, part);
+      Vec<C> p = splat((C)1);
+      for (int64_t h = 0; h < H; h++) {
+        store(before + h * L, p);
+        p *= 1 - splat(c[h * ldc + n]) * load(e + h * lda + w);
+      }
+      store_n(dm + n * W + w, gv * p, part);
+      Vec<C> after = splat((C)1);
+      for (int64_t h = H - 1; h >= 0; h--) {
+        const Vec<C> x = splat(c[h * ldc + n]), ev = load(e + h * lda + w), qh = q * load(before + h * L) * after;
+        store(s + h * L, load(s + h * L) + load(a + h * lda + w) * gv - ev * qh);
+        store(de + h * lda + w, load(de + h * lda + w) - x * qh);
+        store(da + h * lda + w, load(da + h * lda + w) + x * gv);
+        after *= 1 - x * ev;
+      }
+    }
+    for (int64_t h = 0; h < H; h++) dc[h * lddc + n] += sum<C>(load(s + h * L));
+  }
 }
 
 // gather and scatter_own in one pass: out = base + sum over h of c_h key_h - own m, dkey[h] += sum over n of c[h][n] m[n].
