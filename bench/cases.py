@@ -226,7 +226,7 @@ STEPS = {
     "large": StepCase(32, 4, 1, 4096, 64, 8, Gate(6, 3, saved=1.2)),
     "tiny": StepCase(2, 2, 1, 8, 5, 3, Gate()),
 }
-TINY_STEP = StepCase(1, 1, 1, 8, 4, 1, Gate(us=60))  # nothing but the call
+TINY_STEP = StepCase(1, 1, 1, 8, 4, 40, Gate(us=60))  # nothing but the call
 # How cost grows: one size at a time from a chain whose memories are past the caches, so that work outweighs calls.
 _GROWN = StepCase(16, 1, 1, 512, 64, 10, Gate())
 _QUICK = StepCase(2, 1, 1, 16, 8, 2, Gate())

@@ -182,13 +182,13 @@ def _op_variants(run: Run, case: Any, shape: Shape, inputs: tuple[Tensor, ...], 
 
 
 def chain(case: StepCase, one: Callable, inputs: tuple[Tensor, list[Tensor], Tensor]) -> list[Tensor]:
-    """T steps of `one(memory, interface, weights)`: every step's reads, the last memory and weights."""
+    """T steps of `one(memory, interface, weights)`: all reads [T,B,R,W], stacked as a model does, the last memory and weights."""
     memory, interfaces, weights = inputs
     reads = []
     for interface in interfaces:
         memory, r, weights = one(memory, interface, weights)
         reads.append(r)
-    return [*reads, memory, weights]
+    return [torch.stack(reads), memory, weights]
 
 
 _STEP_FORMS = {
@@ -295,11 +295,11 @@ def step(run: Run) -> None:
 
 
 def calls(run: Run) -> None:
-    """What a call costs when there is next to nothing to do."""
+    """What a step costs when there is next to nothing to do, in a chain long enough that the caller's own backward() does not count."""
     with measure.threads(1):
         variants = step_variants(TINY_STEP, [v for v in ("memcore", "eager") if v in run.variants], run.seed)
         timings = run.time({name: v.both for name, v in variants.items()}, 1, 1.5)
-        run.add("calls", "ntm_step", TINY_STEP, "fwd+bwd", 1, timings, gate=TINY_STEP.gate)
+        run.add("calls", "ntm_step", TINY_STEP, "fwd+bwd", 1, timings, steps=TINY_STEP.T, gate=TINY_STEP.gate)
         a, b, g = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True), torch.randn(8)
         timings = run.time({"eager": lambda: torch.autograd.grad(a * b, (a, b), g)}, 1, 0.5)
         run.add("calls", "torch.mul", "(8)", "fwd+bwd", 1, timings)

@@ -74,8 +74,37 @@ template <class C> MC_INLINE void store(C* p, Vec<C> v) { std::memcpy(p, &v, siz
 #if defined(__AVX512F__)
 MC_INLINE Vec<float> load_part(const float* p, int n) { return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 MC_INLINE Vec<double> load_part(const double* p, int n) { return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p); }
-MC_INLINE void store_part(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
-MC_INLINE void store_part(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v); }
+// Piecewise: masked stores cost many times a plain one on some CPUs.
+MC_INLINE void store_part(float* p, Vec<float> v, int n) {
+  __m256 y = _mm512_castps512_ps256((__m512)v);
+  if (n & 8) {
+    _mm256_storeu_ps(p, y);
+    y = _mm512_extractf32x8_ps((__m512)v, 1), p += 8;
+  }
+  __m128 x = _mm256_castps256_ps128(y);
+  if (n & 4) {
+    _mm_storeu_ps(p, x);
+    x = _mm256_extractf128_ps(y, 1), p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi((__m64*)p, x);
+    x = _mm_movehl_ps(x, x), p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, x);
+}
+MC_INLINE void store_part(double* p, Vec<double> v, int n) {
+  __m256d y = _mm512_castpd512_pd256((__m512d)v);
+  if (n & 4) {
+    _mm256_storeu_pd(p, y);
+    y = _mm512_extractf64x4_pd((__m512d)v, 1), p += 4;
+  }
+  __m128d x = _mm256_castpd256_pd128(y);
+  if (n & 2) {
+    _mm_storeu_pd(p, x);
+    x = _mm256_extractf128_pd(y, 1), p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, x);
+}
 #else
 #if defined(__AVX2__)
 MC_INLINE Vec<float> load_part(const float* p, int n) {
