@@ -30,6 +30,7 @@ MODEL_FLAGS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "--controller-size": ("controller_size", ("ntm", "mann"), {"type": int, "metavar": "K", "help": "controller width (NTM paper: 100; MANN: 200)"}),
     "--controller-layers": ("controller_layers", ("ntm",), {"type": int, "metavar": "L", "help": "controller layers (paper: 1; sort: 2)"}),
     "--controller-clip": ("controller_clip", ("ntm",), {"type": float, "metavar": "C", "help": "clip the controller's output to +-C (paper: none)"}),
+    "--read-gate-bias": ("read_gate_bias", ("ntm",), {"type": float, "metavar": "X", "help": "where the read heads' gates start (-2: keep)"}),
     "--memory-init": ("memory_init", ("ntm",), {"choices": ("constant", "learned", "random"), "help": "first memory (constant 1e-6)"}),
     "--first-weighting": ("first_weighting", ("ntm",), {"choices": ("learned", "onehot", "uniform"), "help": "first weightings (learned)"}),
     "--order": ("order", ("ntm", "mann"), {"choices": ("write_read", "read_write"), "help": "order within a step (write_read)"}),

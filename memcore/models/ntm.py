@@ -57,6 +57,7 @@ class NTMCell(MemoryCell):
         first_weighting: str = "learned",
         order: str = "write_read",
         controller_clip: float | None = None,
+        read_gate_bias: float = -2.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -80,11 +81,12 @@ class NTMCell(MemoryCell):
             )
         if controller_clip is not None and not controller_clip > 0:
             raise ValueError(f"memcore.NTM: 'controller_clip' must be positive or None, got {controller_clip}")
+        _checks.finite_number("NTM", "read_gate_bias", read_gate_bias)
         factory = {"device": device, "dtype": dtype}
         self.input_size, self.memory_slots, self.slot_width = input_size, memory_slots, slot_width
         self.read_heads, self.write_heads, self.shift_range = read_heads, write_heads, shift_range
         self.memory_init, self.first_weighting, self.order = memory_init, first_weighting, order
-        self.controller_clip = controller_clip
+        self.controller_clip, self.read_gate_bias = controller_clip, float(read_gate_bias)
         self.feedback_size = read_heads * slot_width
         self.controller = make_controller(
             "NTM", controller, input_size, self.feedback_size, controller_size, controller_layers, **factory
@@ -105,7 +107,7 @@ class NTMCell(MemoryCell):
         """Xavier uniform weights, biases and first reads 0, drawn memories normal; the heads start focused on slot 0.
 
         A focus is what a shift can move: the first weighting's logit of slot 0 is 8 (others 0, together 4 % at 128 slots) and
-        the gates' biases are -2, so that a head keeps 88 % of its last weighting. Copy is then learned in about 2,000 updates;
+        the gates' biases are -2 (of the read heads: `read_gate_bias`), so that a head keeps 88 % of its last weighting. Copy is then learned in about 2,000 updates;
         from scattered weightings and gates of 1/2 the focus dissolves within a few steps and little is learned.
         """
         if hasattr(self.controller, "reset_parameters"):
@@ -113,8 +115,8 @@ class NTMCell(MemoryCell):
         nn.init.xavier_uniform_(self.interface.weight)
         nn.init.zeros_(self.interface.bias)
         with torch.no_grad():
-            for gate in self._gates():
-                self.interface.bias[gate] = -2.0
+            for head, gate in enumerate(self._gates()):
+                self.interface.bias[gate] = self.read_gate_bias if head < self.read_heads else -2.0
         if self.first_reads is not None:
             nn.init.zeros_(self.first_reads)
         if self.first_logits is not None:
@@ -195,7 +197,8 @@ class NTMCell(MemoryCell):
         return (
             f"{self.input_size}, memory_slots={self.memory_slots}, slot_width={self.slot_width}, read_heads={self.read_heads}, "
             f"write_heads={self.write_heads}, shift_range={self.shift_range}, memory_init={self.memory_init!r}, "
-            f"first_weighting={self.first_weighting!r}, order={self.order!r}, controller_clip={self.controller_clip}"
+            f"first_weighting={self.first_weighting!r}, order={self.order!r}, controller_clip={self.controller_clip}, "
+            f"read_gate_bias={self.read_gate_bias}"
         )
 
 
@@ -225,6 +228,8 @@ class NTM(MemoryNetwork):
             (slot 0) or "uniform". "uniform" with "constant" raises: nothing would ever tell two slots apart.
         order: "write_read" (the paper: reads see the new memory) or "read_write".
         controller_clip: clamp the heads' raw parameters to -controller_clip..controller_clip; None does not.
+        read_gate_bias: where the read heads' gates start, before the sigmoid: -2 keeps 88 % of the last weighting at each step, 2 takes
+            88 % from content. The write heads start at -2.
         batch_first: input and output are [B,T,...].
         device, dtype: of the parameters.
 
@@ -258,6 +263,7 @@ class NTM(MemoryNetwork):
         first_weighting: str = "learned",
         order: str = "write_read",
         controller_clip: float | None = None,
+        read_gate_bias: float = -2.0,
         batch_first: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -277,6 +283,7 @@ class NTM(MemoryNetwork):
             first_weighting=first_weighting,
             order=order,
             controller_clip=controller_clip,
+            read_gate_bias=read_gate_bias,
             device=device,
             dtype=dtype,
         )

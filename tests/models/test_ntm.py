@@ -253,6 +253,7 @@ def test_trace_follows_the_forward_pass():
         ({"first_weighting": "uniform"}, "'first_weighting' must be 'learned' or 'onehot' with memory_init='constant'"),
         ({"order": "read"}, "'order' must be 'write_read' or 'read_write', got 'read'"),
         ({"controller_clip": 0}, "'controller_clip' must be positive or None, got 0"),
+        ({"read_gate_bias": float("inf")}, "'read_gate_bias' must be finite, got inf"),
     ],
 )
 def test_bad_options(options, message):
