@@ -1,0 +1,369 @@
+"""PTX text to basic blocks: what `ptx_machine` executes. Nothing is skipped in silence: what is not understood raises."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+__all__ = ["Block", "Instruction", "Program", "PtxError", "WIDTH", "parse"]
+
+# Bits of a register or operand type.
+WIDTH = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
+WIDTH |= {"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16x2": 32, "tf32": 32, "pred": 1}
+
+_ENDS = ("bra", "brx", "ret", "exit", "trap")
+
+
+class PtxError(RuntimeError):
+    """The kernel did something that no kernel may do."""
+
+
+@dataclass(slots=True)
+class Instruction:
+    op: list[str]
+    operands: list[str]
+    text: str
+    guard: str = ""
+    """Name of the predicate register, or empty."""
+    negated: bool = False
+
+    @property
+    def type(self) -> str:
+        return self.op[-1]
+
+
+@dataclass(slots=True)
+class Block:
+    """Instructions with one entry and one way out: `end` branches, waits or leaves; without it control falls through."""
+
+    body: list[Instruction] = field(default_factory=list)
+    end: Instruction | None = None
+
+
+@dataclass
+class Program:
+    name: str
+    parameters: dict[str, tuple[int, int]]
+    """Name -> (offset in the parameter space, bytes)."""
+    blocks: list[Block]
+    labels: dict[str, int]
+    tables: dict[str, list[str]]
+    """Branch targets of brx.idx."""
+    registers: dict[str, int]
+    widths: list[int]
+    shared: dict[str, int]
+    shared_bytes: int
+    local: dict[str, int]
+    local_bytes: int
+    constants: dict[str, bytes]
+    """Module variables with their initial bytes."""
+    max_threads: int | None
+    """.maxntid or .reqntid, if there is one."""
+    text: str
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match a regular expression."""
+        return sum(bool(re.search(pattern, i.text)) for b in self.blocks for i in [*b.body, *([b.end] if b.end else [])])
+
+
+def _uncomment(text: str) -> str:
+    return re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", text), flags=re.S)
+
+
+def _braced(text: str, start: int) -> str:
+    """What stands inside the braces that open at or after `start`."""
+    open_at = text.index("{", start)
+    depth = 0
+    for m in re.finditer(r"[{}]", text[open_at:]):
+        depth += 1 if m[0] == "{" else -1
+        if depth == 0:
+            return text[open_at + 1 : open_at + m.start()]
+    raise PtxError("unbalanced braces")
+
+
+def split_operands(text: str) -> list[str]:
+    out, depth, current = [], 0, ""
+    for ch in text:
+        depth += (ch in "{[(") - (ch in "}])")
+        if ch == "," and depth == 0:
+            out.append(current.strip())
+            current = ""
+        else:
+            current += ch
+    return [*out, current.strip()] if current.strip() else out
+
+
+def _align(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _parameters(head: str) -> dict[str, tuple[int, int]]:
+    found, top = {}, 0
+    for piece in split_operands(head):
+        m = re.fullmatch(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)((?:\s+\.\w+(?:\s+\d+)?)*)\s+([\w$%]+)(?:\[(\d+)\])?", piece)
+        if not m:
+            raise NotImplementedError(f"parameter {piece!r}")
+        size = WIDTH[m[2]] // 8 * int(m[5] or 1)
+        top = _align(top, int(m[1] or min(size, 8)))
+        found[m[4]] = (top, size)
+        top += size
+    return found
+
+
+def _initial(kind: str, count: int, values: str) -> bytes:
+    size = WIDTH[kind] // 8
+    data = b""
+    for v in split_operands(values):
+        if v[:2].lower() in ("0f", "0d"):
+            data += int(v[2:], 16).to_bytes(size, "little")
+        elif re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", v):
+            data += (int(v.rstrip("U"), 0) & (1 << 8 * size) - 1).to_bytes(size, "little")
+        else:
+            raise NotImplementedError(f"initial value {v!r}")
+    return data.ljust(size * count, b"\0")
+
+
+_VARIABLE = re.compile(
+    r"\.(global|const)\s+(?:\.align\s+(\d+)\s+)?\.([bsuf]\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*(?:=\s*(?:\{([^}]*)\}|([^;]*)))?;"
+)
+
+
+class _Builder:
+    """The body of one entry point, with functions inlined where they are called."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.registers: dict[str, int] = {}
+        self.widths: list[int] = []
+        self.labels: dict[str, int] = {}
+        self.tables: dict[str, list[str]] = {}
+        self.blocks = [Block()]
+        self.local: dict[str, int] = {}
+        self.local_bytes = 0
+        self.shared: dict[str, int] = {}
+        self.shared_bytes = 0
+        self.inlined = 0
+        self.depth = 0
+
+    def declare(self, name: str, width: int) -> None:
+        if name in self.registers:
+            if self.widths[self.registers[name]] != width:
+                raise PtxError(f"register {name} declared twice with different widths")
+            return
+        self.registers[name] = len(self.widths)
+        self.widths.append(width)
+
+    def start_block(self) -> int:
+        if self.blocks[-1].body or self.blocks[-1].end is not None:
+            self.blocks.append(Block())
+        return len(self.blocks) - 1
+
+    def add_shared(self, align: int, name: str, size: int) -> None:
+        self.shared_bytes = _align(self.shared_bytes, align)
+        self.shared[name] = self.shared_bytes
+        self.shared_bytes += size
+
+    def statements(self, body: str):
+        """(kind, text): labels, braces and statements in order. Braces of vector operands are no scopes."""
+        at = 0
+        while True:
+            at = re.compile(r"\s*").match(body, at).end()
+            if at >= len(body):
+                return
+            if body[at] in "{}":
+                yield body[at], ""
+                at += 1
+                continue
+            m = re.compile(r"([$\w%]+):(?!:)").match(body, at)
+            if m:
+                yield ":", m[1]
+                at = m.end()
+                continue
+            m = re.compile(r"\.(loc|file|pragma)\b[^\n;]*;?").match(body, at)
+            if m:
+                at = m.end()
+                continue
+            end = body.find(";", at)
+            if end < 0:
+                raise NotImplementedError(body[at:].strip()[:80])
+            yield ";", " ".join(body[at:end].split())
+            at = end + 1
+
+    def build(self, body: str, prefix: str, calls: dict[str, str] | None = None) -> None:
+        """Appends `body`; names declared in it get `prefix`; `calls` maps its parameters to the caller's."""
+        scopes: list[dict[str, str]] = [{}]
+        params: dict[str, str] = dict(calls or {})
+        leave = f"{prefix}leave" if prefix else ""
+        label_scope: dict[str, str] = {}
+        fresh = 0
+
+        def name_of(token: str) -> str:
+            for scope in reversed(scopes):
+                if token in scope:
+                    return scope[token]
+            return params.get(token, token)
+
+        def renamed(text: str) -> str:
+            return re.sub(r"%?[A-Za-z_$][\w$]*(?:\.[xyz]\b)?", lambda m: label_scope.get(m[0]) or name_of(m[0]), text)
+
+        if prefix:
+            label_scope = {m[1]: prefix + m[1] for m in re.finditer(r"([$\w%]+):(?!:)", body)}
+        pending_label = ""
+        for kind, st in self.statements(body):
+            if kind == "{":
+                scopes.append({})
+                continue
+            if kind == "}":
+                if len(scopes) > 1:
+                    scopes.pop()
+                continue
+            if kind == ":":
+                at = self.start_block()
+                self.labels[label_scope.get(st, st)] = at
+                pending_label = label_scope.get(st, st)
+                continue
+            m = re.match(r"\.reg\s+\.(\w+)\s+(.*)", st)
+            if m:
+                for r in m[2].split(","):
+                    q = re.fullmatch(r"(%?[\w$]+?)(?:<(\d+)>)?", r.strip())
+                    if m[1] not in WIDTH:
+                        raise NotImplementedError(f"register type .{m[1]}")
+                    names = [q[1]] if q[2] is None else [f"{q[1]}{i}" for i in range(int(q[2]))]
+                    for n in names:
+                        new = n
+                        if prefix or len(scopes) > 1:
+                            new = f"{prefix}s{fresh}{n}" if len(scopes) > 1 else prefix + n
+                            scopes[-1][n] = new
+                        self.declare(new, WIDTH[m[1]])
+                    fresh += 1
+                continue
+            m = re.match(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", st)
+            if m:
+                self.local_bytes = _align(self.local_bytes, int(m[1]))
+                new = prefix + m[2]
+                scopes[0][m[2]] = new
+                self.local[new] = self.local_bytes
+                self.local_bytes += int(m[3])
+                continue
+            m = re.match(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?$", st)
+            if m:
+                self.add_shared(int(m[1] or 8), m[3], WIDTH[m[2]] // 8 * int(m[4] or 1))
+                continue
+            m = re.match(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?$", st)
+            if m:  # a call's argument: kept in local memory
+                size = _align(WIDTH[m[1]] // 8 * int(m[3] or 1), 8)
+                new = f"{prefix}p{fresh}{m[2]}"
+                fresh += 1
+                scopes[-1][m[2]] = new
+                self.local_bytes = _align(self.local_bytes, 16)
+                self.local[new] = self.local_bytes
+                self.local_bytes += size
+                continue
+            m = re.match(r"\.branchtargets\s+(.*)", st)
+            if m:
+                self.tables[pending_label] = [label_scope.get(t.strip(), t.strip()) for t in m[1].split(",")]
+                continue
+            if st.startswith("."):
+                raise NotImplementedError(st)
+            self.instruction(renamed(st) if prefix or len(scopes) > 1 else st, st, leave, prefix)
+        if prefix:
+            self.labels[leave] = self.start_block()
+
+    def instruction(self, st: str, original: str, leave: str, prefix: str) -> None:
+        m = re.match(r"(?:@(!?)\s*(%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", st, flags=re.S)
+        if not m:
+            raise NotImplementedError(original)
+        negated, guard, op, rest = m[1] == "!", m[2] or "", m[3].replace("::cta", "").split("."), split_operands(m[4])
+        i = Instruction(op, rest, original, guard, negated)
+        if op[0] == "call":
+            return self.call(i, prefix)
+        if op[0] == "ret" and leave:
+            i = Instruction(["bra"], [leave], original, guard, negated)
+        waits = op[0] in ("bar", "barrier") and "warp" not in op and "arrive" not in op and op[1] != "cluster"
+        if i.op[0] in _ENDS or waits:
+            self.blocks[-1].end = i
+            self.blocks.append(Block())
+        else:
+            self.blocks[-1].body.append(i)
+
+    def call(self, i: Instruction, prefix: str) -> None:
+        """Inlines the function; recursion is refused."""
+        parts = list(i.operands)
+        results = parts.pop(0).strip("() ").split(",") if parts[0].startswith("(") else []
+        name = parts.pop(0)
+        arguments = [a.strip() for a in parts[0].strip("() ").split(",")] if parts else []
+        at = re.search(rf"\.func\s*(?:\.noreturn\s*)?(\([^)]*\))?\s*{re.escape(name)}\s*(\([^)]*\))?\s*(?:\.\w+\s*)*\{{", self.text)
+        if not at or i.guard:
+            raise NotImplementedError(f"call of {name}: {i.text}")
+        if self.depth > 8:
+            raise NotImplementedError(f"recursion in {name}")
+        formal = list(_parameters((at[2] or "()")[1:-1])) if (at[2] or "()")[1:-1].strip() else []
+        returns = list(_parameters((at[1] or "()")[1:-1])) if (at[1] or "()")[1:-1].strip() else []
+        names = dict(zip([*formal, *returns], [*arguments, *[r.strip() for r in results]], strict=True))
+        self.inlined += 1
+        self.depth += 1
+        self.build(_braced(self.text, at.end() - 1), f"{prefix}f{self.inlined}_", names)
+        self.depth -= 1
+
+
+def parse(text: str, name: str | None = None) -> Program:
+    """The entry point called `name` (or holding it; the first one without it)."""
+    text = _uncomment(text)
+    names = re.findall(r"\.entry\s+([\w$]+)", text)
+    chosen = name if name in names or name is None else next((n for n in names if name in n), None)
+    if not names or (name is not None and chosen is None):
+        raise PtxError(f"no entry point {name!r}; there are {names}")
+    chosen = chosen or names[0]
+    at = re.search(rf"\.entry\s+{re.escape(chosen)}\b", text).start()
+    head_start = text.index("(", at)
+    head_end = text.index(")", head_start)
+    body_start = text.index("{", at)
+    if head_start > body_start:  # no parameters
+        head_start = head_end = body_start
+    build = _Builder(text)
+    # Variables of the module stand before, between and after its functions; initial values may hold braces.
+    outside = re.sub(r"\.(?:visible\s+|weak\s+)?(?:entry|func)\b", "\0", text)
+    module = re.sub(r"\0[^;{]*\{", "\0{", outside)
+    top, depth, keep = [], 0, True
+    for piece in re.split(r"(\0\{|[{}])", module):
+        if piece == "\0{" or (piece == "{" and not keep):
+            depth, keep = depth + 1, False
+        elif piece == "}" and not keep:
+            depth -= 1
+            keep = depth == 0
+        elif keep:
+            top.append(piece)
+    module = re.sub(r"\.section\s+[.\w]+\s*\{[^}]*\}", "", "".join(top))
+    for m in re.finditer(r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*;", module):
+        if not m[1]:
+            build.add_shared(int(m[2] or 8), m[4], WIDTH[m[3]] // 8 * int(m[5] or 1))
+    constants = {}
+    for m in _VARIABLE.finditer(module):
+        count = int(m[5] or 1)
+        constants[m[4]] = _initial(m[3], count, m[6] or m[7] or "")
+    build.build(_braced(text, body_start), "")
+    build.shared_bytes = _align(build.shared_bytes, 16)
+    for m in re.finditer(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)\s*\[", text):
+        build.shared[m[1]] = build.shared_bytes  # dynamic shared memory lies behind the static
+    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+(?:\s*,\s*\d+)*)", text[head_end:body_start])
+    count = None
+    if threads:
+        count = 1
+        for n in threads[1].split(","):
+            count *= int(n)
+    return Program(
+        chosen,
+        _parameters(text[head_start + 1 : head_end]) if text[head_start + 1 : head_end].strip() else {},
+        build.blocks,
+        build.labels,
+        build.tables,
+        build.registers,
+        build.widths,
+        build.shared,
+        build.shared_bytes,
+        build.local,
+        build.local_bytes,
+        constants,
+        count,
+        text,
+    )
