@@ -35,19 +35,18 @@ template <class F> inline auto with_type(int64_t dtype, F f) {
 
 // ---- where a block keeps its arrays ----
 
-// kStaged: everything in shared memory, the element's memory rows too. kShared: everything but the rows, which are read where they
-// are. kSpilled: what finds no room in shared memory lies in the block's slice of a workspace.
-enum Mode { kStaged, kShared, kSpilled };
+// In shared memory. Kernels come in two forms: SPILL = false, all arrays there, and SPILL = true, what finds no room lies in the
+// block's slice of a workspace. The element's memory rows are staged in shared memory if they, too, find room, else read in place.
 
-// Host and device lay out alike: the host to learn the sizes (always as kSpilled), the device to get the addresses.
-template <int MODE> struct Arena {
+// Host and device lay out alike: the host to learn the sizes (with SPILL), the device to get the addresses.
+template <bool SPILL> struct Arena {
   char *shared, *workspace;
   int64_t room, used = 0, spilled = 0;
 
   __host__ __device__ Arena(char* shared, int64_t room, char* workspace) : shared(shared), workspace(workspace), room(room) {}
   template <class X> __host__ __device__ X* take(int64_t n) {
     const int64_t bytes = (n * (int64_t)sizeof(X) + 15) / 16 * 16;
-    if (MODE != kSpilled || used + bytes <= room) {
+    if (!SPILL || used + bytes <= room) {
       used += bytes;
       return (X*)(shared + used - bytes);
     }
@@ -56,25 +55,24 @@ template <int MODE> struct Arena {
   }
 };
 
+// How a block is laid out; every launch carries it.
 struct Plan {
-  int64_t mode, shared, workspace;  // bytes of a block
+  int64_t shared, workspace;  // bytes of a block
+  bool spill, staged;
 };
 
 // `layout(arena, staged)` takes what a block needs.
 template <class F> inline Plan plan_of(int64_t limit, F layout) {
-  Arena<kSpilled> all(nullptr, limit, nullptr), some(nullptr, limit, nullptr);
+  Arena<true> all(nullptr, limit, nullptr), some(nullptr, limit, nullptr);
   layout(all, true);
-  if (all.spilled == 0) return {kStaged, all.used, 0};
+  if (all.spilled == 0) return {all.used, 0, false, true};
   layout(some, false);
-  return {some.spilled ? kSpilled : kShared, some.used, some.spilled};
+  return {some.used, some.spilled, some.spilled > 0, false};
 }
 
-// What every launch carries.
-struct Room {
-  int64_t shared;     // bytes of a block
-  int64_t workspace;  // bytes of a block's slice
-  char* base;
-};
+template <bool SPILL> __device__ inline Arena<SPILL> arena_of(char* shared, const Plan& plan, void* workspace) {
+  return {shared, plan.shared, (char*)workspace + blockIdx.x * plan.workspace};
+}
 
 // ---- memory rows ----
 

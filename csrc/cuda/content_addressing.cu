@@ -9,7 +9,7 @@ namespace cuda {
 
 struct ContentLaunch {
   ContentArgs a;
-  Room room;
+  Plan plan;
   float *d, *own;  // shared memory's backward: [B, H, N], [B, N]
 };
 
@@ -30,9 +30,9 @@ template <class T> struct ContentBlock {
   }
 
   // Similarities of element b; returns its rows.
-  template <int MODE> __device__ const T* similar(const ContentArgs& a, int64_t b) {
+  __device__ const T* similar(const ContentArgs& a, int64_t b, bool in_shared) {
     const T* from = (const T*)a.memory + b * a.memory_stride;
-    if (MODE == kStaged) from = stage(rows, from, (int)(a.N * a.W));
+    if (in_shared) from = stage(rows, from, (int)(a.N * a.W));
     s.mask = a.mask ? (const bool*)a.mask + b * a.N : nullptr;
     bool any = !s.mask;
     for (int n = threadIdx.x; s.mask && n < s.N; n += kThreads) any |= s.mask[n];
@@ -40,7 +40,7 @@ template <class T> struct ContentBlock {
     const T* key = (const T*)a.key + b * a.H * a.W;
     // No usable slot: weights and gradients are 0 whatever key and strength hold.
     for (int64_t i = threadIdx.x; i < a.H * a.W; i += kThreads) s.key[i] = any ? wide(key[i]) : 0;
-    if (MODE == kStaged) staged();
+    if (in_shared) staged();
     s.forward(from);
     return from;
   }
@@ -49,13 +49,13 @@ template <class T> struct ContentBlock {
   }
 };
 
-template <class T, int MODE> MC_KERNEL content_addressing_fwd_kernel(ContentLaunch launch) {
+template <class T, bool SPILL> MC_KERNEL content_addressing_fwd_kernel(ContentLaunch launch) {
   MC_DYN_SHARED(shared);
   const ContentArgs& a = launch.a;
   const int64_t b = blockIdx.x;
-  Arena<MODE> arena(shared, launch.room.shared, launch.room.base + b * launch.room.workspace);
-  ContentBlock<T> block(arena, a, false, MODE == kStaged);
-  block.template similar<MODE>(a, b);
+  auto arena = arena_of<SPILL>(shared, launch.plan, a.workspace);
+  ContentBlock<T> block(arena, a, false, launch.plan.staged);
+  block.similar(a, b, launch.plan.staged);
   const Similarity& s = block.s;
   Team team(s.H, block.slots);
   for (int h0 = 0; h0 < s.H; h0 += team.count) {
@@ -69,13 +69,13 @@ template <class T, int MODE> MC_KERNEL content_addressing_fwd_kernel(ContentLaun
   }
 }
 
-template <class T, int MODE> MC_KERNEL content_addressing_bwd_kernel(ContentLaunch launch) {
+template <class T, bool SPILL> MC_KERNEL content_addressing_bwd_kernel(ContentLaunch launch) {
   MC_DYN_SHARED(shared);
   const ContentArgs& a = launch.a;
   const int64_t b = blockIdx.x;
-  Arena<MODE> arena(shared, launch.room.shared, launch.room.base + b * launch.room.workspace);
-  ContentBlock<T> block(arena, a, true, MODE == kStaged);
-  const T* rows = block.template similar<MODE>(a, b);
+  auto arena = arena_of<SPILL>(shared, launch.plan, a.workspace);
+  ContentBlock<T> block(arena, a, true, launch.plan.staged);
+  const T* rows = block.similar(a, b, launch.plan.staged);
   const Similarity& s = block.s;
   Team team(s.H, block.slots);
   for (int h0 = 0; h0 < s.H; h0 += team.count) {
@@ -120,10 +120,8 @@ template <class T> Plan content_plan(const ContentArgs& a, bool backward) {
 template <class T> int64_t content_fwd(const ContentArgs& a, void* stream) {
   if (a.H == 0 || a.N == 0) return 0;
   const Plan p = content_plan<T>(a, false);
-  const ContentLaunch launch{a, {p.shared, p.workspace, (char*)a.workspace}, nullptr, nullptr};
-  auto* kernel = p.mode == kStaged   ? content_addressing_fwd_kernel<T, kStaged>
-                 : p.mode == kShared ? content_addressing_fwd_kernel<T, kShared>
-                                     : content_addressing_fwd_kernel<T, kSpilled>;
+  const ContentLaunch launch{a, p, nullptr, nullptr};
+  auto* kernel = p.spill ? content_addressing_fwd_kernel<T, true> : content_addressing_fwd_kernel<T, false>;
   return mc_launch(kernel, a.B, kThreads, p.shared, a.device, stream, launch);
 }
 
@@ -132,15 +130,13 @@ inline int64_t coefficients(const ContentArgs& a) { return a.memory_stride == 0 
 
 template <class T> int64_t content_bwd(const ContentArgs& a, void* stream) {
   const Plan p = content_plan<T>(a, true);
-  ContentLaunch launch{a, {p.shared, p.workspace, (char*)a.workspace}, nullptr, nullptr};
+  ContentLaunch launch{a, p, nullptr, nullptr};
   const bool shared = a.memory_stride == 0 && a.N > 0 && a.W > 0;
   if (shared) {
     launch.d = (float*)((char*)a.workspace + a.B * p.workspace);
     launch.own = launch.d + a.B * a.H * a.N;
   }
-  auto* kernel = p.mode == kStaged   ? content_addressing_bwd_kernel<T, kStaged>
-                 : p.mode == kShared ? content_addressing_bwd_kernel<T, kShared>
-                                     : content_addressing_bwd_kernel<T, kSpilled>;
+  auto* kernel = p.spill ? content_addressing_bwd_kernel<T, true> : content_addressing_bwd_kernel<T, false>;
   const int64_t error = mc_launch(kernel, a.B, kThreads, p.shared, a.device, stream, launch);
   if (error || !shared) return error;
   const SharedRows<T> rows{a.B, a.H, a.N, a.W, launch.d, launch.own, (const T*)a.key, (const T*)a.memory, (T*)a.dmemory};
