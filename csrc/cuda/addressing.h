@@ -160,6 +160,171 @@ __device__ inline void similarity_rows(
   else similarity_rows_of<8>(s, rows, d, key_own, scratch, base, dmemory, dkey);
 }
 
+// ---- circular shift ----
+
+__device__ inline int wrapped(int n, int N) {
+  if (n >= 0 && n < N) return n;
+  n %= N;
+  return n < 0 ? n + N : n;
+}
+// sum over j of s[j] x[(n + R - j) mod N], S = 2R + 1
+__device__ inline float shift_forward(const float* x, const float* s, int S, int N, int n) {
+  float v = 0;
+  int i = wrapped(n + S / 2, N);
+  for (int j = 0; j < S; j++, i = i == 0 ? N - 1 : i - 1) v += s[j] * x[i];
+  return v;
+}
+// sum over j of s[j] d[(n - R + j) mod N]
+__device__ inline float shift_backward(const float* d, const float* s, int S, int N, int n) {
+  float v = 0;
+  int i = wrapped(n - S / 2, N);
+  for (int j = 0; j < S; j++, i = i + 1 == N ? 0 : i + 1) v += s[j] * d[i];
+  return v;
+}
+// Gradient of s[j]: sum over n of d[n] x[(n + R - j) mod N].
+__device__ inline float shift_backward_tap(Team& team, int count, const float* d, const float* x, int S, int N, int j) {
+  Sum total;
+  for (int n = team.rank; n < count; n += team.threads) total.add(d[n] * x[wrapped(n + S / 2 - j, N)]);
+  return team.sum(total.total);
+}
+
+// ---- sharpening ----
+
+// The power of a positive weight in units of the row's extreme; 0 stays 0, a negative residue becomes 0, NaN spreads.
+__device__ inline float power(float w, float extreme, float gamma) { return w <= 0 ? 0 : expf(gamma * logf(w / extreme)); }
+
+// put(n, power); the weights are power * inverse. The extreme is the greatest weight for gamma >= 0, else the least positive one.
+template <class Get, class Put> __device__ inline Scores sharpen(Team& team, int count, float gamma, Get w, Put put) {
+  const float sign = gamma >= 0 ? 1 : -1;
+  float top = -INFINITY;
+  for (int n = team.rank; n < count; n += team.threads)
+    if (w(n) > 0) top = fmaxf(top, sign * w(n));
+  top = team.max(top);
+  const float extreme = top == -INFINITY ? 1 : sign * top;
+  Sum total;
+  for (int n = team.rank; n < count; n += team.threads) {
+    const float e = power(w(n), extreme, gamma);
+    put(n, e);
+    total.add(e);
+  }
+  const float sum = team.sum(total.total);
+  return {extreme, gamma != gamma ? gamma : sum == 0 ? 0 : 1 / sum};
+}
+
+// Gradient g(n) of the sharpened weights p(n) in, of the weights w(n) out by put(n, x). Returns gamma's gradient.
+template <class P, class G, class W, class Put>
+__device__ inline float sharpen_backward(Team& team, int count, float gamma, float extreme, P p, G g, W w, Put put) {
+  Sum inner, exponent;
+  for (int n = team.rank; n < count; n += team.threads) inner.add(p(n) * g(n));
+  const float mean = team.sum(inner.total);
+  for (int n = team.rank; n < count; n += team.threads) {
+    const float x = p(n), t = x == 0 ? 0 : x * (g(n) - mean), v = w(n);
+    if (t != 0) exponent.add(t * logf(v / extreme));
+    put(n, t == 0 ? 0 : gamma * t / v);
+  }
+  return team.sum(exponent.total);
+}
+
+// ---- a head's whole way: similarities to weights ----
+
+template <class T> struct Heads {
+  Similarity s;
+  int S;
+  float *slots, *scratch;
+  float *beta, *gate, *gamma, *shift;  // [H], [H, S]
+  const T* previous;                   // [H, N] of this element
+  float *gated, *shifted, *weights;    // [H, N]
+  // backward
+  Scores *content, *sharp;  // [H]
+  float *key_own, *dshift;  // [H], [H, S]
+  float* d;                 // [H, N] gradient of the weights in, coefficients of the keys out
+
+  // Small arrays first: they are used most.
+  template <class A> __host__ __device__ void take_small(A& arena, int64_t H, int64_t N, int64_t W, int64_t S_, bool backward) {
+    s.H = (int)H, s.N = (int)N, s.W = (int)W, s.cosine = true, s.mask = nullptr, S = (int)S_;
+    slots = arena.template take<float>(kSlots);
+    scratch = arena.template take<float>(8 * kThreads);
+    beta = arena.template take<float>(H), gate = arena.template take<float>(H), gamma = arena.template take<float>(H);
+    shift = arena.template take<float>(H * S);
+    if (backward) {
+      content = arena.template take<Scores>(H), sharp = arena.template take<Scores>(H);
+      key_own = arena.template take<float>(H), dshift = arena.template take<float>(H * S);
+    }
+    s.take_small(arena);
+  }
+  template <class A> __host__ __device__ void take_rows(A& arena, bool backward) {
+    s.take_rows(arena);
+    const int64_t n = (int64_t)s.H * s.N;
+    gated = arena.template take<float>(n);
+    shifted = weights = s.sim;  // the forward needs each of them in turn only
+    if (backward) shifted = arena.template take<float>(n), weights = arena.template take<float>(n), d = arena.template take<float>(n);
+  }
+
+  // Parameters are in place (not yet visible). Leaves the weights visible to all.
+  template <bool BACKWARD> __device__ void forward(const T* rows) {
+    s.forward(rows);
+    Team team(s.H, slots);
+    for (int h0 = 0; h0 < s.H; h0 += team.count) {
+      const int h = h0 + team.index, at = least(h, s.H - 1), count = h < s.H ? s.N : 0;
+      const int64_t row = (int64_t)h * s.N;
+      float *x = gated + row, *y = shifted + row, *w = weights + row;
+      const float g = gate[at];
+      const Scores c = score(
+          team, count, beta[at], [&](int n) { return s.at(h, n); }, [](int) { return true; }, [&](int n, float e) { x[n] = e; });
+      for (int n = team.rank; n < count; n += team.threads) x[n] = g * (x[n] * c.inverse) + (1 - g) * wide(previous[row + n]);
+      team.sync();
+      for (int n = team.rank; n < count; n += team.threads) y[n] = shift_forward(x, shift + at * S, S, s.N, n);
+      const Scores p = sharpen(team, count, gamma[at], [&](int n) { return y[n]; }, [&](int n, float e) { w[n] = e; });
+      for (int n = team.rank; n < count; n += team.threads) w[n] *= p.inverse;
+      if (BACKWARD && h < s.H && team.rank == 0) content[h] = c, sharp[h] = p;
+    }
+    __syncthreads();
+  }
+
+  // d [H, N] holds the weights' gradient, visible. Gives dprevious [H, N] and parameters(h, dbeta, dgate, dgamma) on one thread a
+  // head; leaves dshift, key_own and the similarity's coefficients visible.
+  template <class Put> __device__ void backward(T* dprevious, Put parameters) {
+    Team team(s.H, slots);
+    for (int h0 = 0; h0 < s.H; h0 += team.count) {
+      const int h = h0 + team.index, at = least(h, s.H - 1), count = h < s.H ? s.N : 0;
+      const int64_t row = (int64_t)h * s.N;
+      float *x = gated + row, *y = shifted + row, *w = weights + row, *dw = d + row;
+      const float* taps = shift + at * S;
+      const float g = gate[at], b = beta[at], extreme = content[at].extreme, inverse = content[at].inverse;
+      const float dgamma = sharpen_backward(
+          team, count, gamma[at], sharp[at].extreme, [&](int n) { return w[n]; }, [&](int n) { return dw[n]; },
+          [&](int n) { return y[n]; }, [&](int n, float v) { dw[n] = v; });
+      team.sync();
+      for (int j = 0; j < S; j++) {
+        const float v = shift_backward_tap(team, count, dw, x, S, s.N, j);
+        if (h < s.H && team.rank == 0) dshift[h * S + j] = v;
+      }
+      for (int n = team.rank; n < count; n += team.threads) y[n] = shift_backward(dw, taps, S, s.N, n);
+      team.sync();  // dw and x are read by neighbours no more
+      const auto sim = [&](int n) { return s.at(h, n); };
+      Sum dgate;
+      for (int n = team.rank; n < count; n += team.threads) {
+        const float v = y[n], c = expf(b * (sim(n) - extreme)) * inverse;
+        dgate.add(v * (c - wide(previous[row + n])));
+        dprevious[row + n] = narrow<T>((1 - g) * v);
+        x[n] = c, y[n] = g * v;
+      }
+      const float dg = team.sum(dgate.total);
+      Sum own;
+      const float db = score_backward(
+          team, count, b, extreme, [&](int n) { return x[n]; }, [&](int n) { return y[n]; }, sim,
+          [&](int n, float v, float z) { dw[n] = v, own.add(z); });
+      const float total = team.sum(own.total);
+      if (h < s.H && team.rank == 0) {
+        key_own[h] = key_coefficient(s, h, total);
+        parameters(h, db, dg, dgamma);
+      }
+    }
+    __syncthreads();
+    similarity_coefficients(s, d);
+  }
+};
+
 // ---- one memory for the whole batch ----
 
 // Gradient of a shared memory's rows: of row n the sum over all B * H vectors of d[b, h, n] vec[b, h], less own[b, n] of the row
