@@ -376,6 +376,8 @@ class _Emitter:
         at = self.symbol(o)
         if at is not None:
             value = np.dtype(tag).type(at)
+        elif o in self.p.parameters:  # its address
+            return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where['parameters'] + {self.p.parameters[o][0]}))")
         elif o in self.p.constants:
             return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where[{o!r}]))")
         else:
@@ -492,9 +494,7 @@ class _Emitter:
                     e = f"g.const(np.frombuffer(g.m.parameters, {self.tag('u' + t[1:] if t[0] == 'b' else t)!r}, 1, {at + k * size})[0])"
                     self.put(r, e, self.tag("u" + t[1:] if t[0] == "b" else t), ex)
                 return
-            if m and self.is_register(m[1]):
-                raise NotImplementedError("parameters by address")
-            space = "local"
+            space = "const" if m and self.is_register(m[1]) else "local"
         a, offset = self.address(operands[0])
         space = space if space != "const" else "const"
         olds = "()" if ex is None else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"

@@ -20,9 +20,9 @@ from itertools import islice, product
 import numpy as np
 
 from ptx_code import Translator
-from ptx_program import Program, PtxError, parse
+from ptx_program import WIDTH, Module, Program, PtxError
 
-__all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Sparse"]
+__all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Sparse", "Traffic"]
 
 ORDERS = ("lockstep", "warps", "warps-reverse")
 BASE = 0x7F00_0000_0000  # of global memory
@@ -79,9 +79,21 @@ class Launch:
 class Kernel:
     """One entry point, ready to be launched."""
 
-    def __init__(self, text: str, name: str | None = None):
-        self.program: Program = parse(text, name)
+    def __init__(self, text: str | Module, name: str | None = None):
+        module = Module(text) if isinstance(text, str) else text
+        self.program: Program = module.program(name)
         self.translator = Translator(self.program)
+        self.granules = {space: self._granule(space) for space in ("global", "shared")}
+
+    def _granule(self, space: str) -> int:
+        """The least bytes of an access: races are looked for at this grain."""
+        other = {"global": "shared", "shared": "global"}[space]
+        found = {4}
+        for b in self.program.blocks:
+            for i in b.body:
+                if i.op[0] in ("ld", "st") and not {other, "local", "param", "const"} & set(i.op):
+                    found.add(WIDTH[i.type] // 8)
+        return min(found)
 
     def launch(
         self,
@@ -93,6 +105,7 @@ class Kernel:
         order: str = "lockstep",
         memory: Iterable[np.ndarray] = (),
         races: bool = False,
+        replicas: bool = False,
         count: bool = False,
         blocks: Iterable[tuple[int, int, int]] | None = None,
         names: Sequence[str] = (),
@@ -105,6 +118,8 @@ class Kernel:
             shared: bytes of dynamic shared memory.
             memory: further arrays reachable by pointers in structs or integers.
             races, count: look for races; count traffic. Both cost time.
+            replicas: several lanes may write one word if their float32 differ in the last bits only. Triton keeps copies of a value
+                in many lanes; a sum of products ends in an fma on one of two lanes that exchange halves, so copies may differ.
             blocks: run only these blocks of the grid.
             names: of the buffers in `traffic`, in the order of args and memory; parameter names without it.
         """
@@ -119,6 +134,7 @@ class Kernel:
         if self.program.shared_bytes + shared > 227 * 1024:
             raise PtxError(f"{self.program.shared_bytes + shared} bytes of shared memory cannot be launched")
         machine = _Machine(self, grid, block, args, shared, order, list(memory), races, count, names)
+        machine.replicas = replicas
         which = iter(blocks) if blocks is not None else ((x, y, z) for z, y, x in product(*map(range, reversed(grid))))
         step = max(1, LANES // (-(-threads // 32) * 32))
         while some := list(islice(which, step)):
@@ -627,6 +643,16 @@ def _views(data: np.ndarray) -> dict[int, np.ndarray]:
     return {1: whole, 2: whole.view(np.uint16), 4: whole.view(np.uint32), 8: whole.view(np.uint64), 16: whole.view([("a", np.uint64), ("b", np.uint64)])}
 
 
+def _alike(a, b, replicas: bool):
+    """Equal bits; or float32 as good as equal beside the largest of them, where `replicas` are allowed."""
+    same = a == b
+    if replicas and a.dtype.itemsize == 4 and not same.all():
+        x, y = a.view(np.float32), b.view(np.float32)
+        largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
+        same = same | np.isclose(x, y, rtol=1e-5, atol=2e-6 * largest, equal_nan=True)
+    return same
+
+
 class _Races:
     """Who last wrote and read each granule, and since when: two accesses of which one writes need a barrier between them.
 
@@ -662,7 +688,7 @@ class _Races:
         bad = self.conflict(before, me)
         if write:
             if values is not None and bad.any():
-                bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad))
+                bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad), group)
             readers = self.conflict(self.reads[at], me)
             if readers.any():
                 self.report(group, at, readers, lanes, size, "a write after another thread's read")
@@ -691,22 +717,24 @@ class _Races:
         if bad.any():
             self.report(group, at, bad, lanes, size, "a write after another thread's write" if write else "a read after another thread's write")
 
-    def unchanged(self, byte, size, lanes, memory, values, total):
+    def unchanged(self, byte, size, lanes, memory, values, total, group):
         """Writing again what is there harms nobody."""
         n = size // len(values)
         same = np.ones(len(byte), bool)
         for k, v in enumerate(values):
-            same &= memory[n][byte // n + k] == (v if lanes is None else v[lanes]).view(f"u{n}")
+            same &= _alike(memory[n][byte // n + k], (v if lanes is None else v[lanes]).view(f"u{n}"), group.m.replicas)
         return np.repeat(same, total // len(byte))
 
     def same_values(self, group, byte, size, lanes, values, at):
         order = np.argsort(byte, kind="stable")
         twins = np.nonzero(byte[order][1:] == byte[order][:-1])[0]
+        n = size // len(values)
         for v in values:
-            w = (v if lanes is None else v[lanes])[order]
-            if (w[twins] != w[twins + 1]).any():
+            w = (v if lanes is None else v[lanes]).view(f"u{n}")[order]
+            differ = ~_alike(w[twins], w[twins + 1], group.m.replicas)
+            if differ.any():
                 bad = np.zeros(len(at), bool)
-                bad[0] = True
+                bad[int(order[twins[differ][0]]) * max(1, size // self.g)] = True
                 self.report(group, at, bad, lanes, size, "two lanes of one store write different values")
 
     def report(self, group, at, bad, lanes, size, what):
@@ -725,7 +753,7 @@ class _Machine:
 
     def __init__(self, kernel, grid, block, args, dynamic, order, memory, races, count, names):
         self.kernel, self.grid, self.block, self.order = kernel, grid, block, order
-        self.races, self.count = races, count
+        self.races, self.count, self.replicas = races, count, False
         self.threads = block[0] * block[1] * block[2]
         self.warps = -(-self.threads // 32)
         program = kernel.program
@@ -741,10 +769,7 @@ class _Machine:
         self._place(args, memory, names)
         self._arguments(args)
         if races:
-            sizes = {s for s in (1, 2, 4) if program.count(rf"^(@\S+ )?(ld|st)\S*\.[bsuf]+{8 * s}\b")}
-            granule = min(sizes, default=4)
-            self.global_races = _Races(len(self.arena), granule, "global")
-            self._granule = granule
+            self.global_races = _Races(len(self.arena), self.kernel.granules["global"], "global")
 
     # Memory -------------------------------------------------------------------------------------------------------------
 
@@ -792,7 +817,10 @@ class _Machine:
                 where[id(a)] = address + shift
                 step = -(-(a.nbytes + shift) // 256) * 256 + GUARD
                 address, offset = address + step, offset + step
-        for name, data in program.constants.items():
+        total = max((o + s for o, s in program.parameters.values()), default=0)
+        for name, data in (*program.constants.items(), ("parameters", bytes(-(-total // 16) * 16))):
+            if not data:
+                continue
             a = np.frombuffer(data, np.uint8).copy()
             self.buffers.append((f"constant {name}", address, a.nbytes, None, offset))
             pieces.append((offset, a))
@@ -863,6 +891,9 @@ class _Machine:
             if len(data) != size:
                 raise PtxError(f"an argument of {len(data)} bytes for a parameter of {size}")
             self.parameters[at : at + size] = data
+        at = next((b[4] for b in self.buffers if b[0] == "constant parameters"), None)
+        if at is not None:
+            self.arena[at : at + total] = np.frombuffer(bytes(self.parameters), np.uint8)
 
     def copy_out(self) -> None:
         for _, _, size, a, at in self.buffers:
@@ -912,7 +943,7 @@ class _Machine:
         self.shared_data = np.full(n + 16, 0xFF, np.uint8)
         self.shared_views = _views(self.shared_data)
         if self.races:
-            self.shared_races = _Races(len(self.shared_data), self._granule, "shared")
+            self.shared_races = _Races(len(self.shared_data), self.kernel.granules["shared"], "shared")
         if self.order == "lockstep":
             groups = [_Group(self, range(self.warps), ctas)]
         else:
