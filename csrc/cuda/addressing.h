@@ -352,12 +352,6 @@ template <class T> __device__ inline void shared_rows(const SharedRows<T>& a) {
     a.dmemory[n * a.W + w] = narrow<T>(v.total);
   }
 }
-inline int64_t shared_rows_blocks(int64_t N, int64_t W) {
-  int64_t lanes = 1;
-  while (lanes < 32 && lanes < W) lanes *= 2;
-  const int64_t rows = kThreads / lanes;
-  return (N + rows - 1) / rows;
-}
 
 }  // namespace cuda
 }  // namespace memcore
