@@ -168,14 +168,14 @@ __device__ inline int wrapped(int n, int N) {
   return n < 0 ? n + N : n;
 }
 // sum over j of s[j] x[(n + R - j) mod N], S = 2R + 1
-__device__ inline float shift_forward(const float* x, const float* s, int S, int N, int n) {
+template <class Taps> __device__ inline float shift_forward(const float* x, Taps s, int S, int N, int n) {
   float v = 0;
   int i = wrapped(n + S / 2, N);
   for (int j = 0; j < S; j++, i = i == 0 ? N - 1 : i - 1) v += s[j] * x[i];
   return v;
 }
 // sum over j of s[j] d[(n - R + j) mod N]
-__device__ inline float shift_backward(const float* d, const float* s, int S, int N, int n) {
+template <class Taps> __device__ inline float shift_backward(const float* d, Taps s, int S, int N, int n) {
   float v = 0;
   int i = wrapped(n - S / 2, N);
   for (int j = 0; j < S; j++, i = i + 1 == N ? 0 : i + 1) v += s[j] * d[i];
@@ -351,12 +351,6 @@ template <class T> __device__ inline void shared_rows(const SharedRows<T>& a) {
     if (own != 0) v.add(-own * wide(a.memory[n * a.W + w]));
     a.dmemory[n * a.W + w] = narrow<T>(v.total);
   }
-}
-inline int64_t shared_rows_blocks(int64_t N, int64_t W) {
-  int64_t lanes = 1;
-  while (lanes < 32 && lanes < W) lanes *= 2;
-  const int64_t rows = kThreads / lanes;
-  return (N + rows - 1) / rows;
 }
 
 }  // namespace cuda

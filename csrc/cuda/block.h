@@ -65,9 +65,9 @@ struct Plan {
 template <class F> inline Plan plan_of(int64_t limit, F layout) {
   Arena<true> all(nullptr, limit, nullptr), some(nullptr, limit, nullptr);
   layout(all, true);
-  if (all.spilled == 0) return {all.used, 0, false, true};
+  if (all.spilled == 0) return {all.used > 0 ? all.used : 16, 0, false, true};
   layout(some, false);
-  return {some.used, some.spilled, some.spilled > 0, false};
+  return {some.used > 0 ? some.used : 16, some.spilled, some.spilled > 0, false};
 }
 
 template <bool SPILL> __device__ inline Arena<SPILL> arena_of(char* shared, const Plan& plan, void* workspace) {
@@ -207,15 +207,22 @@ __device__ inline void dots(const T* rows, int N, int W, const float* vec, int H
 
 // ---- sums down the columns ----
 
+__host__ __device__ inline int column_lanes(int64_t W) {
+  int lanes = 1;
+  while (lanes < 32 && lanes < W) lanes *= 2;
+  return lanes;
+}
+// Tiles of rows, each as many as a block has groups.
+inline int64_t row_tiles(int64_t N, int64_t W) {
+  const int64_t rows = kThreads / column_lanes(W);
+  return (N + rows - 1) / rows;
+}
+
 // The block's threads side by side over up to 32 columns, groups taking rows in turn.
 struct Columns {
   int lanes, lane, step;
 
-  __device__ explicit Columns(int W) {
-    lanes = 1;
-    while (lanes < 32 && lanes < W) lanes *= 2;
-    lane = threadIdx.x & (lanes - 1), step = kThreads / lanes;
-  }
+  __device__ explicit Columns(int W) : lanes(column_lanes(W)) { lane = threadIdx.x & (lanes - 1), step = kThreads / lanes; }
   __device__ int first() const { return (int)(threadIdx.x & ~31u) / lanes; }  // the warp's first row
   __device__ int row(int first) const { return first + (int)(threadIdx.x & 31) / lanes; }
 

@@ -108,7 +108,7 @@ template <class T> int64_t ntm_addressing_bwd(const NtmAddressingArgs& a, void* 
   const int64_t error = mc_launch(kernel, a.B, kThreads, p.shared, a.device, stream, launch);
   if (error || !shared) return error;
   const SharedRows<T> rows{a.B, a.H, a.N, a.W, launch.d, launch.own, (const T*)a.key, (const T*)a.memory, (T*)a.dmemory};
-  return mc_launch(ntm_addressing_bwd_shared_kernel<T>, shared_rows_blocks(a.N, a.W), kThreads, 0, a.device, stream, rows);
+  return mc_launch(ntm_addressing_bwd_shared_kernel<T>, row_tiles(a.N, a.W), kThreads, 0, a.device, stream, rows);
 }
 
 }  // namespace cuda
