@@ -14,13 +14,13 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 
 import numpy as np
 
 from ptx_code import Translator
-from ptx_program import WIDTH, Module, Program, PtxError
+from ptx_program import WIDTH, Block, Module, Program, PtxError
 
 __all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Sparse", "Traffic"]
 
@@ -84,6 +84,23 @@ class Kernel:
         self.program: Program = module.program(name)
         self.translator = Translator(self.program)
         self.granules = {space: self._granule(space) for space in ("global", "shared")}
+
+    def mutant(self, block: int, at: int | None = None, *, guard: bool = False) -> Kernel:
+        """A copy without the barrier that ends a block, or without one instruction of it, or without that one's predicate."""
+        program = copy(self.program)
+        program.blocks = list(program.blocks)
+        b = program.blocks[block]
+        if at is None:
+            program.blocks[block] = Block(b.body, None)
+        elif guard:
+            body = list(b.body)
+            body[at] = replace(body[at], guard="", negated=False)
+            program.blocks[block] = Block(body, b.end)
+        else:
+            program.blocks[block] = Block(b.body[:at] + b.body[at + 1 :], b.end)
+        made = copy(self)
+        made.program, made.translator = program, Translator(program)
+        return made
 
     def _granule(self, space: str) -> int:
         """The least bytes of an access: races are looked for at this grain."""
@@ -216,6 +233,8 @@ class _Group:
                     return
                 b = int(self.pc[ready].min())
                 mask = ready & (self.pc == b)
+                if b < n_blocks and code.syncs[b]:
+                    b, mask = self.rendezvous(b, mask, ready)
                 if b >= n_blocks:
                     self.alive &= ~mask
                     self.full = False
@@ -225,8 +244,22 @@ class _Group:
             m.fuel -= 1
             if m.fuel < 0:
                 raise PtxError("the kernel does not end (does a block or warp wait for another?)")
-            m.report.instructions += code.sizes[b] * (self.n if mask is None else int(mask.sum()))
+            m.report.instructions += code.sizes[1][b] * self.n if mask is None else code.sizes[0][b] * int(mask.sum())
             code.function(b, mask is not None)(self, self.R, mask)
+
+    def rendezvous(self, b, mask, ready):
+        """Lanes at a warp-wide instruction wait while others of their warp can still come: what runs instead."""
+        syncs, n = self.m.kernel.translator.syncs, self.m.kernel.translator.n
+        for p in np.unique(self.pc[ready]).tolist():
+            here = ready & (self.pc == p)
+            if p >= n or not syncs[p]:
+                return p, here
+            elsewhere = (ready & ~here).reshape(-1, 32).any(1)
+            complete = here & ~np.repeat(elsewhere, 32)
+            if complete.any():
+                return p, complete
+        # All wait: for lanes of one warp in different places, with masks of their own perhaps. The first that is complete goes.
+        return b, mask
 
     # Control, called at the end of each basic block ----------------------------------------------------------------------
 

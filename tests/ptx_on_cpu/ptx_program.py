@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["Block", "Instruction", "Module", "Program", "PtxError", "WIDTH"]
+__all__ = ["Block", "Instruction", "Module", "Program", "PtxError", "WIDTH", "is_warp_sync"]
 
 # Bits of a register or operand type.
 WIDTH = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
@@ -64,6 +64,11 @@ class Program:
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression."""
         return sum(bool(re.search(pattern, i.text)) for b in self.blocks for i in [*b.body, *([b.end] if b.end else [])])
+
+
+def is_warp_sync(i: Instruction) -> bool:
+    """Waits for the lanes its mask names, wherever they are. Such an instruction starts a block."""
+    return i.op[0] in ("shfl", "vote", "match", "redux", "elect") or (i.op[0] in ("bar", "barrier") and "warp" in i.op)
 
 
 def _uncomment(text: str) -> str:
@@ -280,6 +285,8 @@ class _Builder:
         if op[0] == "ret" and leave:
             i = Instruction(["bra"], [leave], original, guard, negated)
         waits = op[0] in ("bar", "barrier") and "warp" not in op and "arrive" not in op and op[1] != "cluster"
+        if is_warp_sync(i):
+            self.start_block()
         if i.op[0] in _ENDS or waits:
             self.blocks[-1].end = i
             self.blocks.append(Block())
