@@ -259,8 +259,8 @@ class _Emitter:
     # Pieces -------------------------------------------------------------------------------------------------------------
 
     def function(self):
-        for b in self.p.blocks[self.first : self.index + 1]:
-            for i in b.body:
+        for self.at in range(self.first, self.index + 1):
+            for i in self.p.blocks[self.at].body:
                 self.translate(i)
         self.finish(self.block.end)
         text = "def f(g, R, m):\n" + "".join(f"    {line}\n" for line in self.lines)
@@ -576,9 +576,9 @@ class _Emitter:
         if "commit_group" in i.op:
             return self.say("g.commit()")
         if "wait_group" in i.op:
-            return self.say(f"g.wait_group({int(i.operands[0], 0)}, False)")
+            return self.say(f"g.wait_group({int(i.operands[0], 0)}, False, {self.at})")
         if "wait_all" in i.op:
-            return self.say("g.wait_group(0, True)")
+            return self.say(f"g.wait_group(0, True, {self.at})")
         ex = self.execute(i)
         dst, o1 = self.address(i.operands[0])
         src, o2 = self.address(i.operands[1])
@@ -991,7 +991,7 @@ class _Emitter:
 
     def i_bar(self, i: Instruction) -> None:
         if "warp" in i.op:
-            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)})")
+            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)}, {self.at})")
         if "arrive" in i.op:
             ids, count = (self.src(o, "u32", True) for o in i.operands[:2])
             return self.say(f"g.arrive({ids}, {count}, {self.execute(i)})")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
 
@@ -74,6 +75,8 @@ class Launch:
     """Thread instructions issued, predicated off or not."""
     barriers: int = 0
     races: list[str] = field(default_factory=list)
+    sites: set[int] = field(default_factory=set)
+    """Blocks whose barrier, warp barrier or wait for copies was executed."""
 
 
 class Kernel:
@@ -308,6 +311,7 @@ class _Group:
 
     def wait(self, b, bar_id, count, value, mask) -> None:
         here = mask
+        self.m.report.sites.add(b)
         self.spread()
         if here is None:
             here = np.ones(self.n, bool)
@@ -486,7 +490,8 @@ class _Group:
     def commit(self) -> None:
         self.async_queue.append("commit")
 
-    def wait_group(self, keep: int, everything: bool) -> None:
+    def wait_group(self, keep: int, everything: bool, site: int) -> None:
+        self.m.report.sites.add(site)
         queue = self.async_queue
         while queue and (everything or queue.count("commit") > keep):
             job = queue.pop(0)
@@ -584,7 +589,8 @@ class _Group:
         first = np.where(here, self.lane, 99).reshape(-1, 32).min(1)
         return np.repeat(first, 32).astype(np.uint32), self.lane == np.repeat(first, 32)
 
-    def warp_barrier(self, member, mask) -> None:
+    def warp_barrier(self, member, mask, site) -> None:
+        self.m.report.sites.add(site)
         self.lanes_of_mask(member, mask, "bar.warp.sync")
         if self.m.races:
             step = np.int64(1) << 13

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -153,6 +153,32 @@ class Record:
     threads: int
     shared: int
     report: Launch
+    kernel_object: Kernel | None = None
+    args: list | None = None
+    memory: list | None = None
+    before: list[np.ndarray] | None = None
+    after: list[np.ndarray] | None = None
+
+    def arrays(self) -> list[np.ndarray]:
+        return [a for a in (*self.args, *self.memory) if isinstance(a, np.ndarray)]
+
+    def caught(self, kernel: Kernel, orders: tuple[str, ...] = ORDERS, replicas: bool = False) -> str:
+        """How a changed kernel shows when the launch is run again; empty if it does not."""
+        arrays = self.arrays()
+        try:
+            for order in orders:
+                for a, b in zip(arrays, self.before):
+                    a[...] = b
+                try:
+                    kernel.launch(self.grid, (self.threads, 1, 1), self.args, self.shared, order=order, memory=self.memory, races=order == "lockstep", replicas=replicas)
+                except PtxError as e:
+                    return str(e)
+                if any(not np.array_equal(a, b) for a, b in zip(arrays, self.after)):
+                    return f"{order}: another result"
+        finally:
+            for a, b in zip(arrays, self.after):
+                a[...] = b
+        return ""
 
 
 @dataclass
@@ -164,8 +190,8 @@ class Emulator:
     orders: tuple[str, ...] = ORDERS
     races: bool = True
     count: bool = False
-    change: Callable[[str, str], str] | None = None
-    """PTX -> changed PTX, for mutants: gets the kernel's name and text."""
+    keep: bool = False
+    """Keep what is needed to run every launch again."""
     records: list[Record] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
     """Address of a tensor -> its name in the operator's schema."""
@@ -183,8 +209,11 @@ class Emulator:
                 races=self.races and order == "lockstep", replicas=self.backend == "triton", count=self.count and first is None,
             )  # fmt: skip
             if first is None:
-                self.records.append(Record(op, way, kernel.program.name, tuple(grid), threads, shared, report))
                 first = [a.copy() for a in arrays]
+                record = Record(op, way, kernel.program.name, tuple(grid), threads, shared, report)
+                if self.keep:
+                    record.kernel_object, record.args, record.memory, record.before, record.after = kernel, args, memory, before, first
+                self.records.append(record)
             else:
                 for name, a, b in zip([*names, *[""] * len(arrays)], arrays, first):
                     if not np.array_equal(a, b):
@@ -200,7 +229,6 @@ class Emulator:
         def hook(launch) -> None:
             source = launch.source()
             kernel, bytes_ = triton_kernel(source, launch.num_warps, self.arch)
-            kernel = self.changed(kernel)
             values, names = [], []
             for name, kind in source.signature.items():
                 if kind != "constexpr":
@@ -225,7 +253,7 @@ class Emulator:
             if problem:
                 return
             try:
-                kernel = self.changed(nvcc_kernel(op, library.mc_shim_name(symbol).decode(), self.arch))
+                kernel = nvcc_kernel(op, library.mc_shim_name(symbol).decode(), self.arch)
                 known = [*tensors, *made.tensors]
                 names = [self.name(t) for t in known]
                 self.run(op, way, kernel, (blocks, 1, 1), threads, [ctypes.string_at(argument, size)], shared, [array_of(t) for t in known], names)
@@ -243,9 +271,6 @@ class Emulator:
         if problem:
             raise problem[0]
         return out
-
-    def changed(self, kernel: Kernel) -> Kernel:
-        return kernel if self.change is None else self.change(kernel)
 
     def call(self, op: str, way: str, schema, args: tuple):
         for a, value in zip(schema.arguments, args):
