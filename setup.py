@@ -4,11 +4,13 @@
     python setup.py build_ext --inplace            development: compiles again only what changed
 
 MEMCORE_BUILD_NATIVE  auto (default): without torch or a compiler, warn and build the Python package alone; 0: never; 1: or fail
+MEMCORE_CUDA          auto (default): with CUDA kernels where nvcc is found (no GPU is needed, none is looked for); 0: without; 1: or fail
+TORCH_CUDA_ARCH_LIST  GPUs to compile for, as for torch ("8.0;9.0+PTX"); by default ARCHES, of those that nvcc knows
 MEMCORE_SANITIZE      e.g. address,undefined: instrumented, in a build folder of its own (`make test-asan`)
 CXX, CXXFLAGS, MAX_JOBS as usual.
 
 Sources are found by pattern: `csrc/cpu/<op>_kernel.cpp` (no torch header) is compiled once per instruction set, into
-namespace memcore::MC_ISA; every other `csrc/**/*.cpp` once. torch is found, never imported: its stable ABI needs headers
+namespace memcore::MC_ISA; `csrc/cuda/*.cu` (no torch header) by nvcc; every other `csrc/**/*.cpp` once. torch is found, never imported: its stable ABI needs headers
 and libtorch_cpu alone, and one binary serves every torch from TORCH on and every CPython from 3.10 on.
 """
 
@@ -33,7 +35,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("MEMCORE_BUILD_NATIVE", "auto")
 SANITIZE = os.environ.get("MEMCORE_SANITIZE", "")
+CUDA = os.environ.get("MEMCORE_CUDA", "auto")
 TORCH = (2, 13)
+ARCHES = ("80", "90", "100", "120")  # the last one as PTX, too, which later GPUs translate
 
 ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -44,6 +48,7 @@ COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-f
 COMMON += [f"-DMC_HAS_{isa.upper()}=1" for isa in ISAS]
 KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 KERNEL += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]  # GCC 12 warns about its own AVX-512 intrinsics
+CUDA_KERNEL = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
 GLUE = ["-O2", f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"]
 
 
@@ -70,6 +75,47 @@ def compiler() -> list[str]:
     if found is None:
         raise CompileError("no C++ compiler found (c++, g++, clang++ or $CXX)")
     return found
+
+
+def find_nvcc() -> str | None:
+    """nvcc, or None where CUDA kernels are not to be built."""
+    if CUDA == "0" or SANITIZE or sys.platform == "darwin":
+        return None
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    if found is None and CUDA == "1":
+        raise CompileError("MEMCORE_CUDA=1, but nvcc is not found (PATH, $NVCC, $CUDA_HOME/bin)")
+    return found
+
+
+def cudart_folder(nvcc: str) -> Path:
+    """Where nvcc's toolkit has its static runtime: asked of nvcc itself, which may be a wrapper anywhere."""
+    source = next((ROOT / "csrc" / "cuda").glob("*.cu"))
+    told = subprocess.run([nvcc, "--dryrun", "-c", str(source)], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", told, re.M)
+    if top is None:
+        raise CompileError(f"{nvcc} --dryrun does not tell its toolkit's folder")
+    folders = [Path(top[1]).resolve() / d for d in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib", "targets/sbsa-linux/lib")]
+    found = next((d for d in folders if (d / "libcudart_static.a").exists()), None)
+    if found is None:
+        raise CompileError(f"no libcudart_static.a in {', '.join(map(str, folders))}")
+    return found
+
+
+def gpu_flags(nvcc: str) -> list[str]:
+    """What to compile for: (architecture, with PTX) of TORCH_CUDA_ARCH_LIST or ARCHES."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if wanted:
+        if bad := [a for a in wanted if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", a)]:
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST: {', '.join(bad)} not understood; write numbers, as in 8.0;9.0+PTX")
+        arches = [(a.removesuffix("+PTX").replace(".", ""), a.endswith("+PTX")) for a in wanted]
+    else:
+        known = [a for a in ARCHES if f"compute_{a}" in run([nvcc, "--list-gpu-arch"]).split()]
+        arches = [(a, a == known[-1]) for a in known]
+    if not arches:
+        raise CompileError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHES)}")
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a, _ in arches]
+    return flags + [f"-gencode=arch=compute_{a},code=compute_{a}" for a, ptx in arches if ptx]
 
 
 def run(command: list[str]) -> str:
@@ -106,7 +152,7 @@ class Target:
         inputs = list(self.inputs)
         if self.listed.exists():  # the headers, as the compiler found them
             words = re.split(r"(?<!\\)\s+", self.listed.read_text().replace("\\\n", " ").strip())
-            inputs += [ROOT / w.replace("\\ ", " ") for w in words[1:]]
+            inputs += [ROOT / w.replace("\\ ", " ") for w in words[1:] if w != ":"]
         made = self.stamp.stat().st_mtime_ns
         return all(p.exists() and p.stat().st_mtime_ns < made for p in inputs)
 
@@ -140,18 +186,37 @@ def build_library() -> Path:
         command = [*cxx, *COMMON, *flags, *extra, "-MMD", "-c", str(source.relative_to(ROOT)), "-o", str(obj)]
         return Target(obj, command, [source], key, isa)
 
+    try:
+        nvcc = find_nvcc()
+        cuda = [] if nvcc is None else ["-L" + str(cudart_folder(nvcc)), "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+        gpu = [] if nvcc is None else [nvcc, *CUDA_KERNEL, *gpu_flags(nvcc)]
+        nvcc_key = nvcc and run([nvcc, "--version"])
+    except CompileError as e:
+        if CUDA == "1":
+            raise
+        print(f"memcore: building without CUDA kernels: {e}", file=sys.stderr)
+        nvcc, cuda = None, []
+
     objects = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else ():
+        obj = out / f"cuda-{source.stem}.cu.o"
+        command = [*gpu, "-MMD", "-MF", str(obj.with_suffix(".d")), "-c", str(source.relative_to(ROOT)), "-o", str(obj)]
+        objects.append(Target(obj, command, [source], f"{key}\n{nvcc_key}"))
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+        if source.parent.name == "cuda" and not nvcc:
+            continue
         if source.stem.endswith("_kernel"):
             objects += [compiled(source, [*KERNEL, *flags, f"-DMC_ISA={isa}"], isa) for isa, flags in ISAS.items()]
         else:
             objects.append(compiled(source, [*GLUE, "-isystem", str(torch / "include")]))
 
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+    if nvcc:
+        shared.append("-Wl,--exclude-libs,libcudart_static.a")  # the runtime is ours alone: another version may be in the process
     if SANITIZE:
         shared = ["-shared"]  # the sanitizer's runtime is preloaded
     library = out / "_C.abi3.so"
-    link = [*cxx, *shared, *extra, *(str(t.output) for t in objects), f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+    link = [*cxx, *shared, *extra, *(str(t.output) for t in objects), f"-L{torch / 'lib'}", "-ltorch_cpu", *cuda, "-o", str(library)]
     linked = Target(library, link, [t.output for t in objects], key)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -187,6 +252,8 @@ class BuildNative(build_ext):
 
 if NATIVE not in ("auto", "0", "1"):
     sys.exit(f"memcore: MEMCORE_BUILD_NATIVE must be one of auto, 0, 1, got {NATIVE!r}")
+if CUDA not in ("auto", "0", "1"):
+    sys.exit(f"memcore: MEMCORE_CUDA must be one of auto, 0, 1, got {CUDA!r}")
 reason = why_not_native()
 if reason and NATIVE == "1":
     sys.exit(f"memcore: the native library cannot be built: {reason}")

@@ -250,3 +250,266 @@ def sum_partials(part: Tensor, out: Tensor) -> None:
     L = out[0].numel() if B else 0
     BL = min(power(L), 128)
     launch(sum_partials_kernel, B * triton.cdiv(L, BL), part, out, T, L, num_warps=4, BT=min(power(T), 1024 // BL), BL=BL)
+
+
+# A row's way from similarities to weights -----------------------------------------------------------------------------
+#
+# Rows [BR] of [.., N] go through the stages whose pointers are there: softmax (p_beta: p_in holds similarities),
+# interpolation (p_prev, p_gate), circular shift (p_shift), sharpening (p_gamma). Parameters are [rows] and [rows, S].
+
+
+@triton.jit
+def parameter(p, rows, real):
+    return tl.load(p + rows, mask=real, other=0).to(tl.float32)
+
+
+@triton.jit
+def turn(k, N):
+    """k mod N for k of any sign."""
+    return (k % N + N) % N
+
+
+@triton.jit
+def around(n, r, N):
+    """(n + r) mod N for 0 <= n, r < N."""
+    return tl.where(n + r >= N, n + r - N, n + r)
+
+
+@triton.jit
+def blended(p_in, p_prev, p_beta, rows, i, ok, N, beta, extreme, share, gate):
+    """Interpolated content weights at slots i [BL]: [BR, BL], zero where not ok."""
+    at = rows[:, None] * N + i[None, :]
+    x = tl.load(p_in + at, mask=ok, other=0).to(tl.float32)
+    if p_beta is not None:
+        x = tl.exp(beta[:, None] * (x - extreme[:, None])) * share[:, None]
+    if p_prev is not None:
+        x = gate[:, None] * x + (1 - gate[:, None]) * tl.load(p_prev + at, mask=ok, other=0).to(tl.float32)
+    return tl.where(ok, x, 0.0)
+
+
+@triton.jit
+def shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR: tl.constexpr, BL: tl.constexpr):
+    """sum over j of shift[j] * blended[(n - j + R) mod N]: [BR, BL]."""
+    ok = real[:, None] & (n < N)[None, :]
+    if p_shift is None:
+        return blended(p_in, p_prev, p_beta, rows, n, ok, N, beta, extreme, share, gate)
+    else:
+        total = tl.zeros([BR, BL], tl.float32)
+        for j in range(S):
+            s = tl.load(p_shift + rows * S + j, mask=real, other=0).to(tl.float32)
+            i = around(n, turn(S // 2 - j, N), N)
+            total += s[:, None] * blended(p_in, p_prev, p_beta, rows, i, ok, N, beta, extreme, share, gate)
+        return total
+
+
+@triton.jit
+def log_ratio(v, extreme):
+    """log(v / extreme), exactly 0 at the extreme; of positive v."""
+    return tl.where(v == extreme, 0.0, tl.log(v / extreme))
+
+
+@triton.jit
+def powers(v, gamma, extreme):
+    """(v / extreme)^gamma, 0 where v <= 0: at most 1, NaN stays."""
+    x = gamma * log_ratio(v, extreme)
+    return tl.where(v <= 0, 0.0, tl.exp(tl.where(x > 0, 0.0, x)))
+
+
+@triton.jit
+def positive_extreme(extreme, gamma, v, ok):
+    """Running extreme of positive v, the greatest for gamma >= 0."""
+    return tl.where(ok & (v > 0), towards(gamma[:, None], extreme, v), extreme)
+
+
+@triton.jit
+def address(
+    p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_out, p_keep, rows, real, N, S, BR: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """Weights into p_out and, in float32, into p_keep (may be None). p_work [.., N] float32: the rows before sharpening."""
+    beta, extreme, share = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+    gate = tl.zeros([BR], tl.float32)
+    if p_beta is not None:
+        beta = parameter(p_beta, rows, real)
+        extreme, share = softmax_stats(p_in, None, rows, real, rows, beta, N, BR, BL)
+    if p_gate is not None:
+        gate = parameter(p_gate, rows, real)
+    if p_gamma is None:
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            v = shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR, BL)
+            tl.store(p_out + rows[:, None] * N + n[None, :], v.to(p_out.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])
+    else:
+        gamma = parameter(p_gamma, rows, real)
+        top = tl.broadcast_to(extreme_start(gamma)[:, None], [BR, BL])
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            v = shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR, BL)
+            if p_work is not None:
+                tl.store(p_work + rows[:, None] * N + n[None, :], v, mask=ok)
+            top = positive_extreme(top, gamma, v, ok)
+        top_r = extreme_of(gamma, top)
+        if p_work is not None:
+            tl.debug_barrier()
+            p_v = p_work
+        else:
+            p_v = p_in
+        total = tl.zeros([BR, BL], tl.float32)
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            v = tl.load(p_v + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+            total += powers(v, gamma[:, None], top_r[:, None])
+        part = inverse(tl.sum(total, 1))
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            v = tl.load(p_v + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+            w = powers(v, gamma[:, None], top_r[:, None]) * part[:, None]
+            w = tl.where((gamma != gamma)[:, None], gamma[:, None], w)
+            tl.store(p_out + rows[:, None] * N + n[None, :], w.to(p_out.dtype.element_ty), mask=ok)
+            if p_keep is not None:
+                tl.store(p_keep + rows[:, None] * N + n[None, :], w, mask=ok)
+
+
+@triton.jit
+def address_bwd(
+    p_grad, p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_dv, p_du,
+    p_din, p_dprev, p_dbeta, p_dgate, p_dshift, p_dgamma, p_own,
+    rows, real, N, S, BR: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """Backward of `address`: gradients of what is there.
+
+    p_work, p_dv, p_du: [.., N] float32 scratch: rows before sharpening, their gradient, the gradient of the content weights.
+    p_din may be p_dv where p_beta is there; p_own [rows] gets sum over n of din * in.
+    """
+    beta, extreme, share = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+    gate = tl.zeros([BR], tl.float32)
+    if p_beta is not None:
+        beta = parameter(p_beta, rows, real)
+        extreme, share = softmax_stats(p_in, None, rows, real, rows, beta, N, BR, BL)
+    if p_gate is not None:
+        gate = parameter(p_gate, rows, real)
+    if p_gamma is not None:
+        gamma = parameter(p_gamma, rows, real)
+        top = tl.broadcast_to(extreme_start(gamma)[:, None], [BR, BL])
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            v = shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR, BL)
+            if p_work is not None:
+                tl.store(p_work + rows[:, None] * N + n[None, :], v, mask=ok)
+            top = positive_extreme(top, gamma, v, ok)
+        top_r = extreme_of(gamma, top)
+        if p_work is not None:
+            tl.debug_barrier()
+            p_v = p_work
+        else:
+            p_v = p_in
+        total = tl.zeros([BR, BL], tl.float32)
+        inner = tl.zeros([BR, BL], tl.float32)
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            v = tl.load(p_v + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+            g = tl.load(p_grad + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+            e = powers(v, gamma[:, None], top_r[:, None])
+            total += e
+            inner += e * g
+        part = inverse(tl.sum(total, 1))
+        mean = tl.sum(inner, 1) * part
+        slope = tl.zeros([BR, BL], tl.float32)
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            v = tl.load(p_v + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+            g = tl.load(p_grad + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+            w = powers(v, gamma[:, None], top_r[:, None]) * part[:, None]
+            t = tl.where(w == 0, 0.0, w * (g - mean[:, None]))
+            slope += tl.where(t == 0, 0.0, t * log_ratio(v, top_r[:, None]))
+            dv = tl.where(t == 0, 0.0, gamma[:, None] * t / v)
+            tl.store(p_dv + rows[:, None] * N + n[None, :], dv.to(p_dv.dtype.element_ty), mask=ok)
+        tl.store(p_dgamma + rows, tl.sum(slope, 1).to(p_dgamma.dtype.element_ty), mask=real)
+        tl.debug_barrier()
+        p_d = p_dv
+    else:
+        p_d = p_grad
+    if p_shift is not None:
+        for j in range(S):
+            total = tl.zeros([BR, BL], tl.float32)
+            r = turn(S // 2 - j, N)
+            for n0 in range(0, N, BL):
+                n = n0 + tl.arange(0, BL)
+                ok = real[:, None] & (n < N)[None, :]
+                d = tl.load(p_d + rows[:, None] * N + n[None, :], mask=ok, other=0).to(tl.float32)
+                total += d * blended(p_in, p_prev, p_beta, rows, around(n, r, N), ok, N, beta, extreme, share, gate)
+            tl.store(p_dshift + rows * S + j, tl.sum(total, 1).to(p_dshift.dtype.element_ty), mask=real)
+    if (p_shift is not None) or (p_gate is not None):
+        towards_gate = tl.zeros([BR, BL], tl.float32)
+        inner = tl.zeros([BR, BL], tl.float32)
+        for n0 in range(0, N, BL):
+            n = n0 + tl.arange(0, BL)
+            ok = real[:, None] & (n < N)[None, :]
+            at = rows[:, None] * N + n[None, :]
+            if p_shift is None:
+                du = tl.load(p_d + at, mask=ok, other=0).to(tl.float32)
+            else:
+                du = tl.zeros([BR, BL], tl.float32)
+                for j in range(S):
+                    s = tl.load(p_shift + rows * S + j, mask=real, other=0).to(tl.float32)
+                    i = around(n, turn(j - S // 2, N), N)
+                    du += s[:, None] * tl.load(p_d + rows[:, None] * N + i[None, :], mask=ok, other=0).to(tl.float32)
+            if p_gate is not None:
+                c = blended(p_in, None, p_beta, rows, n, ok, N, beta, extreme, share, gate)
+                towards_gate += du * (c - tl.load(p_prev + at, mask=ok, other=0).to(tl.float32))
+                tl.store(p_dprev + at, ((1 - gate[:, None]) * du).to(p_dprev.dtype.element_ty), mask=ok)
+                du = gate[:, None] * du
+                inner += c * du
+            if p_beta is not None:
+                tl.store(p_du + at, du, mask=ok)
+            else:
+                tl.store(p_din + at, du.to(p_din.dtype.element_ty), mask=ok)
+        if p_gate is not None:
+            tl.store(p_dgate + rows, tl.sum(towards_gate, 1).to(p_dgate.dtype.element_ty), mask=real)
+        if p_beta is not None:
+            tl.debug_barrier()
+            mean = tl.sum(inner, 1)
+            slope = tl.zeros([BR, BL], tl.float32)
+            own = tl.zeros([BR, BL], tl.float32)
+            for n0 in range(0, N, BL):
+                n = n0 + tl.arange(0, BL)
+                ok = real[:, None] & (n < N)[None, :]
+                at = rows[:, None] * N + n[None, :]
+                s = tl.load(p_in + at, mask=ok, other=0)
+                c = blended(p_in, None, p_beta, rows, n, ok, N, beta, extreme, share, gate)
+                t = tl.where(c == 0, 0.0, c * (tl.load(p_du + at, mask=ok, other=0) - mean[:, None]))
+                slope += tl.where(t == 0, 0.0, t * (s - extreme[:, None]))
+                d = tl.where(t == 0, 0.0, t * beta[:, None])
+                own += tl.where(d == 0, 0.0, d * s)
+                tl.store(p_din + at, d, mask=ok)
+            tl.store(p_dbeta + rows, tl.sum(slope, 1).to(p_dbeta.dtype.element_ty), mask=real)
+            tl.store(p_own + rows, tl.sum(own, 1), mask=real)
+
+
+@triton.jit
+def address_kernel(
+    p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_out, N, S, count, BR: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """The stages that are there, for `count` rows of N slots."""
+    rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    address(p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_out, None, rows, rows < count, N, S, BR, BL)
+
+
+@triton.jit
+def address_bwd_kernel(
+    p_grad, p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_dv, p_du,
+    p_din, p_dprev, p_dbeta, p_dgate, p_dshift, p_dgamma, p_own,
+    N, S, count, BR: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """Their backward."""
+    rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    address_bwd(
+        p_grad, p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_dv, p_du,
+        p_din, p_dprev, p_dbeta, p_dgate, p_dshift, p_dgamma, p_own,
+        rows, rows < count, N, S, BR, BL,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from ptx_program import WIDTH, Block, Instruction, Program
+from ptx_program import WIDTH, Block, Instruction, Program, is_warp_sync
 
 __all__ = ["Translator"]
 
@@ -224,7 +224,15 @@ class Translator:
     def __init__(self, program: Program):
         self.program = program
         self.n = len(program.blocks)
-        self.sizes = [len(b.body) + (b.end is not None) for b in program.blocks]
+        own = [len(b.body) + (b.end is not None) for b in program.blocks]
+        self.sizes = [own, list(own)]
+        """Instructions of a block under a mask, and of what runs without one: it goes on until control may turn."""
+        self.last = list(range(self.n))
+        for k in reversed(range(self.n - 1)):
+            if program.blocks[k].end is None:
+                self.last[k] = self.last[k + 1]
+                self.sizes[1][k] += self.sizes[1][k + 1]
+        self.syncs = [bool(b.body) and is_warp_sync(b.body[0]) for b in program.blocks]
         self.reductions: dict[int, tuple[str, int]] = {}
         """Barriers with a result: block index -> (kind, register)."""
         self._made: dict[tuple[int, bool], object] = {}
@@ -235,13 +243,13 @@ class Translator:
     def function(self, b: int, masked: bool):
         f = self._made.get((b, masked))
         if f is None:
-            f = self._made[b, masked] = _Emitter(self.program, b, masked).function()
+            f = self._made[b, masked] = _Emitter(self.program, b, b if masked else self.last[b], masked).function()
         return f
 
 
 class _Emitter:
-    def __init__(self, program: Program, index: int, masked: bool):
-        self.p, self.index, self.masked = program, index, masked
+    def __init__(self, program: Program, first: int, index: int, masked: bool):
+        self.p, self.first, self.index, self.masked = program, first, index, masked
         self.block: Block = program.blocks[index]
         self.lines: list[str] = []
         self.names = dict(_RUNTIME)
@@ -251,11 +259,12 @@ class _Emitter:
     # Pieces -------------------------------------------------------------------------------------------------------------
 
     def function(self):
-        for i in self.block.body:
-            self.translate(i)
+        for self.at in range(self.first, self.index + 1):
+            for i in self.p.blocks[self.at].body:
+                self.translate(i)
         self.finish(self.block.end)
         text = "def f(g, R, m):\n" + "".join(f"    {line}\n" for line in self.lines)
-        exec(compile(text, f"<block {self.index} of {self.p.name}>", "exec"), self.names)
+        exec(compile(text, f"<block {self.first} of {self.p.name}>", "exec"), self.names)
         return self.names["f"]
 
     def say(self, line: str) -> None:
@@ -376,6 +385,8 @@ class _Emitter:
         at = self.symbol(o)
         if at is not None:
             value = np.dtype(tag).type(at)
+        elif o in self.p.parameters:  # its address
+            return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where['parameters'] + {self.p.parameters[o][0]}))")
         elif o in self.p.constants:
             return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where[{o!r}]))")
         else:
@@ -492,9 +503,7 @@ class _Emitter:
                     e = f"g.const(np.frombuffer(g.m.parameters, {self.tag('u' + t[1:] if t[0] == 'b' else t)!r}, 1, {at + k * size})[0])"
                     self.put(r, e, self.tag("u" + t[1:] if t[0] == "b" else t), ex)
                 return
-            if m and self.is_register(m[1]):
-                raise NotImplementedError("parameters by address")
-            space = "local"
+            space = "const" if m and self.is_register(m[1]) else "local"
         a, offset = self.address(operands[0])
         space = space if space != "const" else "const"
         olds = "()" if ex is None else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"
@@ -567,9 +576,9 @@ class _Emitter:
         if "commit_group" in i.op:
             return self.say("g.commit()")
         if "wait_group" in i.op:
-            return self.say(f"g.wait_group({int(i.operands[0], 0)}, False)")
+            return self.say(f"g.wait_group({int(i.operands[0], 0)}, False, {self.at})")
         if "wait_all" in i.op:
-            return self.say("g.wait_group(0, True)")
+            return self.say(f"g.wait_group(0, True, {self.at})")
         ex = self.execute(i)
         dst, o1 = self.address(i.operands[0])
         src, o2 = self.address(i.operands[1])
@@ -982,7 +991,7 @@ class _Emitter:
 
     def i_bar(self, i: Instruction) -> None:
         if "warp" in i.op:
-            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)})")
+            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)}, {self.at})")
         if "arrive" in i.op:
             ids, count = (self.src(o, "u32", True) for o in i.operands[:2])
             return self.say(f"g.arrive({ids}, {count}, {self.execute(i)})")

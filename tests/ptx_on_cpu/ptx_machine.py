@@ -14,15 +14,16 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 
 import numpy as np
 
 from ptx_code import Translator
-from ptx_program import Program, PtxError, parse
+from ptx_program import WIDTH, Block, Module, Program, PtxError
 
-__all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Sparse"]
+__all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Sparse", "Traffic"]
 
 ORDERS = ("lockstep", "warps", "warps-reverse")
 BASE = 0x7F00_0000_0000  # of global memory
@@ -74,14 +75,45 @@ class Launch:
     """Thread instructions issued, predicated off or not."""
     barriers: int = 0
     races: list[str] = field(default_factory=list)
+    sites: set[int] = field(default_factory=set)
+    """Blocks whose barrier, warp barrier or wait for copies was executed."""
 
 
 class Kernel:
     """One entry point, ready to be launched."""
 
-    def __init__(self, text: str, name: str | None = None):
-        self.program: Program = parse(text, name)
+    def __init__(self, text: str | Module, name: str | None = None):
+        module = Module(text) if isinstance(text, str) else text
+        self.program: Program = module.program(name)
         self.translator = Translator(self.program)
+        self.granules = {space: self._granule(space) for space in ("global", "shared")}
+
+    def mutant(self, block: int, at: int | None = None, *, guard: bool = False) -> Kernel:
+        """A copy without the barrier that ends a block, or without one instruction of it, or without that one's predicate."""
+        program = copy(self.program)
+        program.blocks = list(program.blocks)
+        b = program.blocks[block]
+        if at is None:
+            program.blocks[block] = Block(b.body, None)
+        elif guard:
+            body = list(b.body)
+            body[at] = replace(body[at], guard="", negated=False)
+            program.blocks[block] = Block(body, b.end)
+        else:
+            program.blocks[block] = Block(b.body[:at] + b.body[at + 1 :], b.end)
+        made = copy(self)
+        made.program, made.translator = program, Translator(program)
+        return made
+
+    def _granule(self, space: str) -> int:
+        """The least bytes of an access: races are looked for at this grain."""
+        other = {"global": "shared", "shared": "global"}[space]
+        found = {4}
+        for b in self.program.blocks:
+            for i in b.body:
+                if i.op[0] in ("ld", "st") and not {other, "local", "param", "const"} & set(i.op):
+                    found.add(WIDTH[i.type] // 8)
+        return min(found)
 
     def launch(
         self,
@@ -93,6 +125,7 @@ class Kernel:
         order: str = "lockstep",
         memory: Iterable[np.ndarray] = (),
         races: bool = False,
+        replicas: bool = False,
         count: bool = False,
         blocks: Iterable[tuple[int, int, int]] | None = None,
         names: Sequence[str] = (),
@@ -105,6 +138,8 @@ class Kernel:
             shared: bytes of dynamic shared memory.
             memory: further arrays reachable by pointers in structs or integers.
             races, count: look for races; count traffic. Both cost time.
+            replicas: several lanes may write one word if their float32 differ in the last bits only. Triton keeps copies of a value
+                in many lanes; a sum of products ends in an fma on one of two lanes that exchange halves, so copies may differ.
             blocks: run only these blocks of the grid.
             names: of the buffers in `traffic`, in the order of args and memory; parameter names without it.
         """
@@ -119,6 +154,7 @@ class Kernel:
         if self.program.shared_bytes + shared > 227 * 1024:
             raise PtxError(f"{self.program.shared_bytes + shared} bytes of shared memory cannot be launched")
         machine = _Machine(self, grid, block, args, shared, order, list(memory), races, count, names)
+        machine.replicas = replicas
         which = iter(blocks) if blocks is not None else ((x, y, z) for z, y, x in product(*map(range, reversed(grid))))
         step = max(1, LANES // (-(-threads // 32) * 32))
         while some := list(islice(which, step)):
@@ -200,6 +236,8 @@ class _Group:
                     return
                 b = int(self.pc[ready].min())
                 mask = ready & (self.pc == b)
+                if b < n_blocks and code.syncs[b]:
+                    b, mask = self.rendezvous(b, mask, ready)
                 if b >= n_blocks:
                     self.alive &= ~mask
                     self.full = False
@@ -209,8 +247,22 @@ class _Group:
             m.fuel -= 1
             if m.fuel < 0:
                 raise PtxError("the kernel does not end (does a block or warp wait for another?)")
-            m.report.instructions += code.sizes[b] * (self.n if mask is None else int(mask.sum()))
+            m.report.instructions += code.sizes[1][b] * self.n if mask is None else code.sizes[0][b] * int(mask.sum())
             code.function(b, mask is not None)(self, self.R, mask)
+
+    def rendezvous(self, b, mask, ready):
+        """Lanes at a warp-wide instruction wait while others of their warp can still come: what runs instead."""
+        syncs, n = self.m.kernel.translator.syncs, self.m.kernel.translator.n
+        for p in np.unique(self.pc[ready]).tolist():
+            here = ready & (self.pc == p)
+            if p >= n or not syncs[p]:
+                return p, here
+            elsewhere = (ready & ~here).reshape(-1, 32).any(1)
+            complete = here & ~np.repeat(elsewhere, 32)
+            if complete.any():
+                return p, complete
+        # All wait: for lanes of one warp in different places, with masks of their own perhaps. The first that is complete goes.
+        return b, mask
 
     # Control, called at the end of each basic block ----------------------------------------------------------------------
 
@@ -259,6 +311,7 @@ class _Group:
 
     def wait(self, b, bar_id, count, value, mask) -> None:
         here = mask
+        self.m.report.sites.add(b)
         self.spread()
         if here is None:
             here = np.ones(self.n, bool)
@@ -437,7 +490,8 @@ class _Group:
     def commit(self) -> None:
         self.async_queue.append("commit")
 
-    def wait_group(self, keep: int, everything: bool) -> None:
+    def wait_group(self, keep: int, everything: bool, site: int) -> None:
+        self.m.report.sites.add(site)
         queue = self.async_queue
         while queue and (everything or queue.count("commit") > keep):
             job = queue.pop(0)
@@ -535,7 +589,8 @@ class _Group:
         first = np.where(here, self.lane, 99).reshape(-1, 32).min(1)
         return np.repeat(first, 32).astype(np.uint32), self.lane == np.repeat(first, 32)
 
-    def warp_barrier(self, member, mask) -> None:
+    def warp_barrier(self, member, mask, site) -> None:
+        self.m.report.sites.add(site)
         self.lanes_of_mask(member, mask, "bar.warp.sync")
         if self.m.races:
             step = np.int64(1) << 13
@@ -627,6 +682,16 @@ def _views(data: np.ndarray) -> dict[int, np.ndarray]:
     return {1: whole, 2: whole.view(np.uint16), 4: whole.view(np.uint32), 8: whole.view(np.uint64), 16: whole.view([("a", np.uint64), ("b", np.uint64)])}
 
 
+def _alike(a, b, replicas: bool):
+    """Equal bits; or float32 as good as equal beside the largest of them, where `replicas` are allowed."""
+    same = a == b
+    if replicas and a.dtype.itemsize == 4 and not same.all():
+        x, y = a.view(np.float32), b.view(np.float32)
+        largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
+        same = same | np.isclose(x, y, rtol=1e-5, atol=2e-6 * largest, equal_nan=True)
+    return same
+
+
 class _Races:
     """Who last wrote and read each granule, and since when: two accesses of which one writes need a barrier between them.
 
@@ -662,7 +727,7 @@ class _Races:
         bad = self.conflict(before, me)
         if write:
             if values is not None and bad.any():
-                bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad))
+                bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad), group)
             readers = self.conflict(self.reads[at], me)
             if readers.any():
                 self.report(group, at, readers, lanes, size, "a write after another thread's read")
@@ -691,22 +756,24 @@ class _Races:
         if bad.any():
             self.report(group, at, bad, lanes, size, "a write after another thread's write" if write else "a read after another thread's write")
 
-    def unchanged(self, byte, size, lanes, memory, values, total):
+    def unchanged(self, byte, size, lanes, memory, values, total, group):
         """Writing again what is there harms nobody."""
         n = size // len(values)
         same = np.ones(len(byte), bool)
         for k, v in enumerate(values):
-            same &= memory[n][byte // n + k] == (v if lanes is None else v[lanes]).view(f"u{n}")
+            same &= _alike(memory[n][byte // n + k], (v if lanes is None else v[lanes]).view(f"u{n}"), group.m.replicas)
         return np.repeat(same, total // len(byte))
 
     def same_values(self, group, byte, size, lanes, values, at):
         order = np.argsort(byte, kind="stable")
         twins = np.nonzero(byte[order][1:] == byte[order][:-1])[0]
+        n = size // len(values)
         for v in values:
-            w = (v if lanes is None else v[lanes])[order]
-            if (w[twins] != w[twins + 1]).any():
+            w = (v if lanes is None else v[lanes]).view(f"u{n}")[order]
+            differ = ~_alike(w[twins], w[twins + 1], group.m.replicas)
+            if differ.any():
                 bad = np.zeros(len(at), bool)
-                bad[0] = True
+                bad[int(order[twins[differ][0]]) * max(1, size // self.g)] = True
                 self.report(group, at, bad, lanes, size, "two lanes of one store write different values")
 
     def report(self, group, at, bad, lanes, size, what):
@@ -725,7 +792,7 @@ class _Machine:
 
     def __init__(self, kernel, grid, block, args, dynamic, order, memory, races, count, names):
         self.kernel, self.grid, self.block, self.order = kernel, grid, block, order
-        self.races, self.count = races, count
+        self.races, self.count, self.replicas = races, count, False
         self.threads = block[0] * block[1] * block[2]
         self.warps = -(-self.threads // 32)
         program = kernel.program
@@ -741,10 +808,7 @@ class _Machine:
         self._place(args, memory, names)
         self._arguments(args)
         if races:
-            sizes = {s for s in (1, 2, 4) if program.count(rf"^(@\S+ )?(ld|st)\S*\.[bsuf]+{8 * s}\b")}
-            granule = min(sizes, default=4)
-            self.global_races = _Races(len(self.arena), granule, "global")
-            self._granule = granule
+            self.global_races = _Races(len(self.arena), self.kernel.granules["global"], "global")
 
     # Memory -------------------------------------------------------------------------------------------------------------
 
@@ -792,7 +856,10 @@ class _Machine:
                 where[id(a)] = address + shift
                 step = -(-(a.nbytes + shift) // 256) * 256 + GUARD
                 address, offset = address + step, offset + step
-        for name, data in program.constants.items():
+        total = max((o + s for o, s in program.parameters.values()), default=0)
+        for name, data in (*program.constants.items(), ("parameters", bytes(-(-total // 16) * 16))):
+            if not data:
+                continue
             a = np.frombuffer(data, np.uint8).copy()
             self.buffers.append((f"constant {name}", address, a.nbytes, None, offset))
             pieces.append((offset, a))
@@ -863,6 +930,9 @@ class _Machine:
             if len(data) != size:
                 raise PtxError(f"an argument of {len(data)} bytes for a parameter of {size}")
             self.parameters[at : at + size] = data
+        at = next((b[4] for b in self.buffers if b[0] == "constant parameters"), None)
+        if at is not None:
+            self.arena[at : at + total] = np.frombuffer(bytes(self.parameters), np.uint8)
 
     def copy_out(self) -> None:
         for _, _, size, a, at in self.buffers:
@@ -912,7 +982,7 @@ class _Machine:
         self.shared_data = np.full(n + 16, 0xFF, np.uint8)
         self.shared_views = _views(self.shared_data)
         if self.races:
-            self.shared_races = _Races(len(self.shared_data), self._granule, "shared")
+            self.shared_races = _Races(len(self.shared_data), self.kernel.granules["shared"], "shared")
         if self.order == "lockstep":
             groups = [_Group(self, range(self.warps), ctas)]
         else:

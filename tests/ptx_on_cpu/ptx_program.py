@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["Block", "Instruction", "Program", "PtxError", "WIDTH", "parse"]
+__all__ = ["Block", "Instruction", "Module", "Program", "PtxError", "WIDTH", "is_warp_sync"]
 
 # Bits of a register or operand type.
 WIDTH = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
@@ -64,6 +64,11 @@ class Program:
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression."""
         return sum(bool(re.search(pattern, i.text)) for b in self.blocks for i in [*b.body, *([b.end] if b.end else [])])
+
+
+def is_warp_sync(i: Instruction) -> bool:
+    """Waits for the lanes its mask names, wherever they are. Such an instruction starts a block."""
+    return i.op[0] in ("shfl", "vote", "match", "redux", "elect") or (i.op[0] in ("bar", "barrier") and "warp" in i.op)
 
 
 def _uncomment(text: str) -> str:
@@ -280,6 +285,8 @@ class _Builder:
         if op[0] == "ret" and leave:
             i = Instruction(["bra"], [leave], original, guard, negated)
         waits = op[0] in ("bar", "barrier") and "warp" not in op and "arrive" not in op and op[1] != "cluster"
+        if is_warp_sync(i):
+            self.start_block()
         if i.op[0] in _ENDS or waits:
             self.blocks[-1].end = i
             self.blocks.append(Block())
@@ -306,64 +313,52 @@ class _Builder:
         self.depth -= 1
 
 
-def parse(text: str, name: str | None = None) -> Program:
-    """The entry point called `name` (or holding it; the first one without it)."""
-    text = _uncomment(text)
-    names = re.findall(r"\.entry\s+([\w$]+)", text)
-    chosen = name if name in names or name is None else next((n for n in names if name in n), None)
-    if not names or (name is not None and chosen is None):
-        raise PtxError(f"no entry point {name!r}; there are {names}")
-    chosen = chosen or names[0]
-    at = re.search(rf"\.entry\s+{re.escape(chosen)}\b", text).start()
-    head_start = text.index("(", at)
-    head_end = text.index(")", head_start)
-    body_start = text.index("{", at)
-    if head_start > body_start:  # no parameters
-        head_start = head_end = body_start
-    build = _Builder(text)
-    # Variables of the module stand before, between and after its functions; initial values may hold braces.
-    outside = re.sub(r"\.(?:visible\s+|weak\s+)?(?:entry|func)\b", "\0", text)
-    module = re.sub(r"\0[^;{]*\{", "\0{", outside)
-    top, depth, keep = [], 0, True
-    for piece in re.split(r"(\0\{|[{}])", module):
-        if piece == "\0{" or (piece == "{" and not keep):
-            depth, keep = depth + 1, False
-        elif piece == "}" and not keep:
-            depth -= 1
-            keep = depth == 0
-        elif keep:
-            top.append(piece)
-    module = re.sub(r"\.section\s+[.\w]+\s*\{[^}]*\}", "", "".join(top))
-    for m in re.finditer(r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*;", module):
-        if not m[1]:
-            build.add_shared(int(m[2] or 8), m[4], WIDTH[m[3]] // 8 * int(m[5] or 1))
-    constants = {}
-    for m in _VARIABLE.finditer(module):
-        count = int(m[5] or 1)
-        constants[m[4]] = _initial(m[3], count, m[6] or m[7] or "")
-    build.build(_braced(text, body_start), "")
-    build.shared_bytes = _align(build.shared_bytes, 16)
-    for m in re.finditer(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)\s*\[", text):
-        build.shared[m[1]] = build.shared_bytes  # dynamic shared memory lies behind the static
-    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+(?:\s*,\s*\d+)*)", text[head_end:body_start])
-    count = None
-    if threads:
-        count = 1
-        for n in threads[1].split(","):
-            count *= int(n)
-    return Program(
-        chosen,
-        _parameters(text[head_start + 1 : head_end]) if text[head_start + 1 : head_end].strip() else {},
-        build.blocks,
-        build.labels,
-        build.tables,
-        build.registers,
-        build.widths,
-        build.shared,
-        build.shared_bytes,
-        build.local,
-        build.local_bytes,
-        constants,
-        count,
-        text,
-    )
+class Module:
+    """A file of PTX: its entry points are parsed when asked for."""
+
+    def __init__(self, text: str):
+        self.text = _uncomment(text)
+        self._at = {m[1]: m.start() for m in re.finditer(r"\.entry\s+([\w$]+)", self.text)}
+        self.names = list(self._at)
+        # Variables of the module stand before, between and after its functions; initial values may hold braces.
+        outside = re.sub(r"\.(?:visible\s+|weak\s+)?(?:entry|func)\b", "\0", self.text)
+        pieces, depth, keep = [], 0, True
+        for piece in re.split(r"(\0\{|[{}])", re.sub(r"\0[^;{]*\{", "\0{", outside)):
+            if piece == "\0{" or (piece == "{" and not keep):
+                depth, keep = depth + 1, False
+            elif piece == "}" and not keep:
+                depth -= 1
+                keep = depth == 0
+            elif keep:
+                pieces.append(piece)
+        self.variables = re.sub(r"\.section\s+[.\w]+\s*\{[^}]*\}", "", "".join(pieces))
+
+    def program(self, name: str | None = None) -> Program:
+        """The entry point called `name` (or holding it; the first one without it)."""
+        chosen = name if name in self._at else next((n for n in self.names if name is None or name in n), None)
+        if chosen is None:
+            raise PtxError(f"no entry point {name!r}; there are {self.names}")
+        text, at = self.text, self._at[chosen]
+        body_start = text.index("{", at)
+        m = re.compile(r"\(([^)]*)\)").search(text, at, body_start)
+        head, directives = (m[1], text[m.end() : body_start]) if m else ("", text[at:body_start])
+        build = _Builder(text)
+        for m in re.finditer(r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*;", self.variables):
+            if not m[1]:
+                build.add_shared(int(m[2] or 8), m[4], WIDTH[m[3]] // 8 * int(m[5] or 1))
+        constants = {m[4]: _initial(m[3], int(m[5] or 1), m[6] or m[7] or "") for m in _VARIABLE.finditer(self.variables)}
+        body = _braced(text, body_start)
+        build.build(body, "")
+        build.shared_bytes = _align(build.shared_bytes, 16)
+        for m in re.finditer(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)\s*\[", self.variables):
+            build.shared[m[1]] = build.shared_bytes  # dynamic shared memory lies behind the static
+        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+(?:\s*,\s*\d+)*)", directives)
+        count = None
+        if threads:
+            count = 1
+            for n in threads[1].split(","):
+                count *= int(n)
+        return Program(
+            chosen, _parameters(head) if head.strip() else {}, build.blocks, build.labels, build.tables, build.registers, build.widths,
+            build.shared, build.shared_bytes, build.local, build.local_bytes, constants, count, body,
+        )  # fmt: skip

@@ -1,0 +1,174 @@
+// Least-recently-used access: a block for each batch element finds its least-used slot, makes the write weights and writes. Forward:
+// the memory once in, once out. Backward: the gradient once in (up to 8 heads at a time), once out.
+#include "lrua_write.h"
+
+#include "block.h"
+
+namespace memcore {
+namespace cuda {
+
+struct LruaLaunch {
+  LruaArgs a;
+  Plan plan;
+};
+
+// The least-used slot: lowest index on a tie, NaN counts as most used. `slots`: 2 * kWarps floats. Ends in a barrier.
+template <class T> __device__ inline int least_used(const T* usage, int N, float* slots) {
+  const auto before = [](float u, int i, float v, int j) {  // (u, i) comes before (v, j)
+    if (u == v || (u != u && v != v)) return i < j;
+    return v != v || u < v;
+  };
+  float best = NAN;
+  int at = N;  // after every slot, NaN or not
+  for (int n = threadIdx.x; n < N; n += kThreads) {
+    const float u = wide(usage[n]);
+    if (before(u, n, best, at)) best = u, at = n;
+  }
+  const auto take = [&](float u, int i) {
+    if (before(u, i, best, at)) best = u, at = i;
+  };
+  for (int x = 16; x; x >>= 1) {
+    const float u = __shfl_xor_sync(kFull, best, x);
+    take(u, __shfl_xor_sync(kFull, at, x));
+  }
+  int* places = (int*)(slots + kWarps);
+  if ((threadIdx.x & 31) == 0) slots[threadIdx.x >> 5] = best, places[threadIdx.x >> 5] = at;
+  __syncthreads();
+  for (int i = 0; i < kWarps; i++) take(slots[i], places[i]);
+  return at;
+}
+
+template <class T> struct LruaBlock {
+  float *slots, *scratch, *word, *weights, *dweights;
+  int chosen;
+
+  template <class A> __host__ __device__ LruaBlock(A& arena, const LruaArgs& a, bool backward) {
+    slots = arena.template take<float>(kSlots);
+    if (backward) scratch = arena.template take<float>(8 * kThreads);
+    word = arena.template take<float>(a.H * a.W);
+    weights = arena.template take<float>(a.H * a.N);
+    if (backward) dweights = arena.template take<float>(a.H * a.N);
+  }
+  // Slot, words and write weights of element b, visible to all.
+  __device__ void address(const LruaArgs& a, int64_t b) {
+    chosen = least_used((const T*)a.usage + b * a.N, (int)a.N, slots);
+    widen(word, (const T*)a.word + b * a.H * a.W, a.H * a.W);
+    const T *previous = (const T*)a.previous + b * a.H * a.N, *gate = (const T*)a.gate + b * a.H;
+    for (int64_t i = threadIdx.x; i < a.H * a.N; i += kThreads) {
+      const float g = wide(gate[i / a.N]);
+      weights[i] = g * wide(previous[i]) + (1 - g) * (i % a.N == chosen ? 1 : 0);  // not left out: a gate that is not finite shows
+    }
+    __syncthreads();
+  }
+};
+
+template <class T, bool SPILL> MC_KERNEL lrua_write_fwd_kernel(LruaLaunch launch) {
+  MC_DYN_SHARED(shared);
+  const LruaArgs& a = launch.a;
+  const int64_t b = blockIdx.x;
+  auto arena = arena_of<SPILL>(shared, launch.plan, a.workspace);
+  LruaBlock<T> block(arena, a, false);
+  block.address(a, b);
+  for (int64_t i = threadIdx.x; i < a.H * a.N; i += kThreads) ((T*)a.weights)[b * a.H * a.N + i] = narrow<T>(block.weights[i]);
+  const Columns cols((int)a.W);
+  const T* from = (const T*)a.memory + b * a.N * a.W;
+  T* to = (T*)a.written + b * a.N * a.W;
+  for (int64_t n = threadIdx.x / cols.lanes; n < a.N; n += cols.step)
+    for (int64_t w = cols.lane; w < a.W; w += cols.lanes) {
+      float v = a.zero && n == block.chosen ? 0 : wide(from[n * a.W + w]);
+      for (int64_t h = 0; h < a.H; h++) v += block.weights[h * a.N + n] * block.word[h * a.W + w];
+      to[n * a.W + w] = narrow<T>(v);
+    }
+}
+
+template <class T, bool SPILL> MC_KERNEL lrua_write_bwd_kernel(LruaLaunch launch) {
+  MC_DYN_SHARED(shared);
+  const LruaArgs& a = launch.a;
+  const int64_t b = blockIdx.x;
+  const int N = (int)a.N, W = (int)a.W, H = (int)a.H;
+  auto arena = arena_of<SPILL>(shared, launch.plan, a.workspace);
+  LruaBlock<T> block(arena, a, true);
+  block.address(a, b);
+  T *dmemory = (T*)a.dmemory + b * a.N * a.W, *dword = (T*)a.dword + b * a.H * a.W;
+  const T* grown = a.grad_written ? (const T*)a.grad_written + b * a.N * a.W : nullptr;
+  const T* given = a.grad_weights ? (const T*)a.grad_weights + b * a.H * a.N : nullptr;
+  for (int64_t i = threadIdx.x; i < a.H * a.N; i += kThreads) block.dweights[i] = given ? wide(given[i]) : 0;
+  __syncthreads();
+
+  // Down the columns: the words' gradient; along the rows: the weights'. The memory's gradient passes through.
+  constexpr int HC = 8;
+  const Columns cols(W);
+  for (int w0 = 0; w0 < W; w0 += cols.lanes) {
+    const int w = w0 + cols.lane;
+    for (int h0 = 0; h0 == 0 || h0 < H; h0 += HC) {
+      float acc[HC];
+#pragma unroll
+      for (int j = 0; j < HC; j++) acc[j] = 0;
+      for (int first = cols.first(); first < N; first += cols.step) {
+        const int n = cols.row(first);
+        const bool on = n < N && w < W;
+        const float g = on && grown ? wide(grown[(int64_t)n * W + w]) : 0;
+        if (on && h0 == 0) dmemory[(int64_t)n * W + w] = narrow<T>(a.zero && n == block.chosen ? 0 : g);
+#pragma unroll
+        for (int j = 0; j < HC; j++) {
+          const int h = h0 + j;
+          if (h >= H) continue;
+          if (on) acc[j] += block.weights[(int64_t)h * N + n] * g;
+          const float row = group_sum(on ? block.word[(int64_t)h * W + w] * g : 0, cols.lanes);
+          if (cols.lane == 0 && n < N) block.dweights[(int64_t)h * N + n] += row;
+        }
+      }
+      cols.sum(acc, least(HC, H - h0), w0, W, block.scratch, [&](int j, int at, float x) { dword[(int64_t)(h0 + j) * W + at] = narrow<T>(x); });
+    }
+  }
+  __syncthreads();
+
+  Team team(H, block.slots);
+  for (int h0 = 0; h0 < H; h0 += team.count) {
+    const int h = h0 + team.index, count = h < H ? N : 0;
+    const float* d = block.dweights + (int64_t)h * N;
+    const T* previous = (const T*)a.previous + (b * H + h) * N;
+    T* dprevious = (T*)a.dprevious + (b * H + h) * N;
+    const float g = h < H ? wide(((const T*)a.gate)[b * H + h]) : 0;
+    Sum total;
+    for (int n = team.rank; n < count; n += team.threads) {
+      total.add(d[n] * wide(previous[n]));
+      dprevious[n] = narrow<T>(g * d[n]);
+    }
+    const float sum = team.sum(total.total);
+    if (h < H && team.rank == 0) ((T*)a.dgate)[b * H + h] = narrow<T>(count ? sum - d[block.chosen] : 0);
+  }
+}
+
+template <class T> Plan lrua_plan(const LruaArgs& a, bool backward) {
+  return plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { LruaBlock<T>(arena, a, backward); });
+}
+template <class T> int64_t lrua_fwd(const LruaArgs& a, void* stream) {
+  if (a.N == 0) return 0;
+  const Plan p = lrua_plan<T>(a, false);
+  auto* kernel = p.spill ? lrua_write_fwd_kernel<T, true> : lrua_write_fwd_kernel<T, false>;
+  return mc_launch(kernel, a.B, kThreads, p.shared, a.device, stream, LruaLaunch{a, p});
+}
+template <class T> int64_t lrua_bwd(const LruaArgs& a, void* stream) {
+  const Plan p = lrua_plan<T>(a, true);
+  auto* kernel = p.spill ? lrua_write_bwd_kernel<T, true> : lrua_write_bwd_kernel<T, false>;
+  return mc_launch(kernel, a.B, kThreads, p.shared, a.device, stream, LruaLaunch{a, p});
+}
+
+}  // namespace cuda
+}  // namespace memcore
+
+using namespace memcore::cuda;
+
+int64_t mc_lrua_write_fwd_workspace(const LruaArgs* a) {
+  return with_type(a->dtype, [&](auto t) { return a->B * lrua_plan<decltype(t)>(*a, false).workspace; });
+}
+int64_t mc_lrua_write_bwd_workspace(const LruaArgs* a) {
+  return with_type(a->dtype, [&](auto t) { return a->B * lrua_plan<decltype(t)>(*a, true).workspace; });
+}
+int64_t mc_lrua_write_fwd(const LruaArgs* a, void* stream) {
+  return with_type(a->dtype, [&](auto t) { return lrua_fwd<decltype(t)>(*a, stream); });
+}
+int64_t mc_lrua_write_bwd(const LruaArgs* a, void* stream) {
+  return with_type(a->dtype, [&](auto t) { return lrua_bwd<decltype(t)>(*a, stream); });
+}

@@ -1,0 +1,46 @@
+// The only header beside this project's own that a kernel file includes: CUDA under nvcc; under a plain C++ compiler the shim of
+// tests/cuda_on_cpu, which runs the same source on a CPU.
+//
+//   mc_launch(kernel, blocks, threads, shared, device, stream, args)   kernel(args), one plain struct by value; the runtime's error code
+//   mc_shared_limit(device)                                            bytes of shared memory a block may have
+//   MC_KERNEL                                                          heads a kernel's definition
+//   MC_DYN_SHARED(name)                                                the block's dynamic shared memory, a char*, 16-byte aligned
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+#include <cuda_runtime.h>
+
+// One block an SM must fit: without this ptxas spills to make room for more.
+#define MC_KERNEL __global__ void __launch_bounds__(256, 1)
+#define MC_DYN_SHARED(name)                                 \
+  extern __shared__ __align__(16) char mc_dynamic_shared[]; \
+  char* name = mc_dynamic_shared
+
+template <class A>
+inline int64_t mc_launch(void (*kernel)(A), int64_t blocks, int threads, int64_t shared, int64_t device, void* stream, const A& args) {
+  if (blocks <= 0) return 0;
+  if (blocks > 2147483647) return cudaErrorInvalidConfiguration;
+  // torch's runtime is another one: this one has to be told the device too.
+  cudaError_t error = cudaSetDevice((int)device);
+  if (error == cudaSuccess && shared > 48 * 1024)
+    error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  if (error != cudaSuccess) return error;
+  kernel<<<dim3((unsigned)blocks), dim3((unsigned)threads), (size_t)shared, (cudaStream_t)stream>>>(args);
+  return cudaGetLastError();
+}
+
+inline int64_t mc_shared_limit(int64_t device) {
+  int bytes = 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, (int)device) != cudaSuccess) return 48 * 1024;
+  return bytes;
+}
+
+#else
+#include "cuda_shim.h"
+#endif

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <stdint.h>
+
+namespace memcore {
+namespace cuda {
+
+struct StepArgs {
+  int64_t dtype, device, B, N, W, R, Hw, S, write_first;
+  const void *memory, *interface, *previous;
+  void *written, *reads, *weights;
+  // backward; a null gradient is zero
+  const void *grad_written, *grad_reads, *grad_weights;
+  void *dmemory, *dinterface, *dprevious;
+  void* workspace;
+};
+
+}  // namespace cuda
+}  // namespace memcore
+
+extern "C" {
+int64_t mc_ntm_step_fwd_workspace(const memcore::cuda::StepArgs* a);
+int64_t mc_ntm_step_bwd_workspace(const memcore::cuda::StepArgs* a);
+int64_t mc_ntm_step_fwd(const memcore::cuda::StepArgs* a, void* stream);
+int64_t mc_ntm_step_bwd(const memcore::cuda::StepArgs* a, void* stream);
+}

@@ -1,0 +1,771 @@
+// Runs CUDA C++ kernels on a CPU, for TESTS ONLY (C++17, GCC or Clang, x86-64 or any ucontext host).
+//
+// Every CUDA thread of a block is a fiber; a block runs on one OS thread; blocks run one after another.
+// A fiber runs until it waits (__syncthreads, a warp operation, a yield at an atomic) or returns. Nothing
+// moves in lockstep, so code that silently relies on warp lockstep fails here as it may on Volta and newer.
+//
+// Build modes: plain; -fsanitize=address,undefined (out-of-bounds in global, static and dynamic shared memory);
+// -fsanitize=thread (data races in shared AND global memory, within a block and between blocks).
+// Environment: MC_SHIM_SCHED = forward (default) | reverse | random:<seed>.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <sys/mman.h>
+#include <type_traits>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MC_ASAN 1
+#endif
+#if __has_feature(thread_sanitizer)
+#define MC_TSAN 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define MC_ASAN 1
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define MC_TSAN 1
+#endif
+#ifdef MC_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef MC_TSAN
+#include <sanitizer/tsan_interface.h>
+#define MC_NOTSAN __attribute__((no_sanitize("thread"), noinline))
+#else
+#define MC_NOTSAN inline
+#endif
+#define MC_NOTSAN_INL MC_NOTSAN
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// There is no __shared__: MC_DYN_SHARED and MC_SHARED are poisoned and checked.
+
+// ---------------------------------------------------------------- vector types
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+namespace mcshim {
+struct error : std::runtime_error { using std::runtime_error::runtime_error; };
+struct Site { const char* file; int line; };
+inline bool same(const Site& a, const Site& b) { return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file)); }
+enum Kind { RUN, BARRIER, WARP, DONE };
+enum WOp { W_SYNC, W_SHFL, W_BALLOT, W_MATCH, W_ADD, W_MIN, W_MAX, W_AND, W_OR, W_XOR };
+static const char* const kWName[] = {"__syncwarp", "__shfl_*_sync", "__ballot/any/all_sync", "__match_any_sync",
+                                     "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                     "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+struct Async { void* dst; const void* src; size_t n, zfill; int group; };
+
+struct Fiber {
+  uint3 tid;
+  unsigned lin;
+  Kind kind;
+  Site site;
+  // barrier reduction / warp operation
+  WOp op;
+  unsigned mask;
+  uint64_t val, res;
+  int src;  // source lane, -1 = keep own value
+  int barop, barval;
+  bool released;
+  // cp.async queue
+  Async* q;  // 64 entries, allocated at first use
+  int qn, qgroup;
+  // machine
+  void* sp;
+  char* stk;
+#if !defined(__x86_64__)
+  ucontext_t uc;
+#endif
+#ifdef MC_TSAN
+  void* ts;
+#endif
+#ifdef MC_ASAN
+  void* fake;
+#endif
+};
+struct SharedVar { const void* key; char* p; size_t n; };
+
+struct Block {
+  uint3 bid;
+  dim3 bdim, gdim;
+  unsigned n, live;
+  Fiber* f;
+  char* stk;
+  size_t stkbytes;
+  SharedVar sv[64];
+  int nsv;
+  char* dyn;
+  size_t dynbytes;
+  int barres;
+  void (*entry)(void*);
+  void* arg;
+  std::exception_ptr err;
+  int haserr;
+#ifdef MC_TSAN
+  void* mainfiber;
+  char token, bartok[2], wtok[32][2];
+  unsigned phase, wphase[32];
+  char* arena;
+  size_t arenaused;
+#endif
+#ifdef MC_ASAN
+  const void* mstk; size_t mstkn; void* mfake;
+#endif
+#if !defined(__x86_64__)
+  ucontext_t uc;
+#endif
+  void* mainsp;
+};
+inline thread_local Block* g_blk = nullptr;
+inline thread_local Fiber* g_cur = nullptr;
+inline thread_local uint64_t g_rng = 1;
+inline thread_local int g_sched = 0;  // 0 forward, 1 reverse, 2 random
+inline unsigned long long g_switches = 0;
+#ifdef MC_TSAN
+inline char g_fence;
+inline char g_done;
+#endif
+
+MC_NOTSAN_INL Fiber* cur() { return g_cur; }
+MC_NOTSAN_INL Block* blk() { return g_blk; }
+MC_NOTSAN_INL uint32_t rnd() {
+  g_rng ^= g_rng << 13; g_rng ^= g_rng >> 7; g_rng ^= g_rng << 17;
+  return uint32_t(g_rng >> 16);
+}
+}  // namespace mcshim
+
+// ---------------------------------------------------------------- context switch
+#if defined(__x86_64__)
+extern "C" void mcshim_switch(void** save, void* load);
+asm(R"(
+  .text
+  .weak mcshim_switch
+  .type mcshim_switch,@function
+mcshim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size mcshim_switch,.-mcshim_switch
+)");
+#endif
+
+namespace mcshim {
+#if defined(MC_ASAN) || defined(MC_TSAN)
+constexpr size_t kStack = 256 << 10;
+#else
+constexpr size_t kStack = 64 << 10;
+#endif
+[[maybe_unused]] constexpr size_t kArena = 256 << 10;
+
+MC_NOTSAN void to_main() {  // called on a fiber
+  Fiber* me = g_cur;
+  Block* b = g_blk;
+#ifdef MC_TSAN
+  __tsan_switch_to_fiber(b->mainfiber, 1 /* no happens-before by switching */);
+#endif
+#ifdef MC_ASAN
+  __sanitizer_start_switch_fiber(me->kind == DONE ? nullptr : &me->fake, b->mstk, b->mstkn);
+#endif
+#if defined(__x86_64__)
+  mcshim_switch(&me->sp, b->mainsp);
+#else
+  swapcontext(&me->uc, &b->uc);
+#endif
+#ifdef MC_ASAN
+  __sanitizer_finish_switch_fiber(me->fake, &b->mstk, &b->mstkn);
+#endif
+}
+MC_NOTSAN void to_fiber(Fiber* f) {  // called on the scheduler
+  Block* b = g_blk;
+  g_cur = f;
+  ++g_switches;
+#ifdef MC_TSAN
+  __tsan_switch_to_fiber(f->ts, 1);
+#endif
+#ifdef MC_ASAN
+  __sanitizer_start_switch_fiber(&b->mfake, f->stk, kStack);
+#endif
+#if defined(__x86_64__)
+  mcshim_switch(&b->mainsp, f->sp);
+#else
+  swapcontext(&b->uc, &f->uc);
+#endif
+#ifdef MC_ASAN
+  __sanitizer_finish_switch_fiber(b->mfake, nullptr, nullptr);
+#endif
+  g_cur = nullptr;
+}
+MC_NOTSAN void yield() { if (g_cur) to_main(); }
+MC_NOTSAN void maybe_yield() { if (g_sched == 2 && g_cur && (rnd() & 7) == 0) to_main(); }
+
+[[noreturn]] inline void fail(const std::string& m) { throw error(m); }
+inline std::string where(const Site& s) {
+  const char* p = s.file ? std::strrchr(s.file, '/') : nullptr;
+  return std::string(p ? p + 1 : (s.file ? s.file : "?")) + ":" + std::to_string(s.line);
+}
+MC_NOTSAN void finish(Fiber* f) { f->kind = DONE; g_blk->live--; }
+MC_NOTSAN void set_err() {
+  if (!g_blk->haserr) { g_blk->haserr = 1; g_blk->err = std::current_exception(); }
+}
+inline void run_entry() {
+  Block* b = blk();
+#ifdef MC_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &b->mstk, &b->mstkn);
+#endif
+  try { b->entry(b->arg); } catch (...) { set_err(); }
+#ifdef MC_TSAN
+  __tsan_release(&g_done);
+#endif
+  finish(cur());
+  to_main();
+  std::abort();
+}
+
+// ---------------------------------------------------------------- barrier and warp rendezvous
+MC_NOTSAN int block_barrier(Site s, int op, int v) {
+  Fiber* me = g_cur;
+  Block* b = g_blk;
+#ifdef MC_TSAN
+  unsigned ph = b->phase & 1;
+  __tsan_release(&b->bartok[ph]);
+#endif
+  me->site = s; me->barop = op; me->barval = v; me->kind = BARRIER;
+  to_main();
+#ifdef MC_TSAN
+  __tsan_acquire(&b->bartok[ph]);
+#endif
+  return b->barres;
+}
+inline unsigned lane_of(const Fiber* f) { return f->lin & 31; }
+MC_NOTSAN uint64_t warp_op(WOp op, unsigned mask, uint64_t val, int src, Site s) {
+  Fiber* me = g_cur;
+  unsigned lane = me->lin & 31;
+  if (!(mask >> lane & 1)) fail(std::string(kWName[op]) + " at " + where(s) + ": the calling lane " + std::to_string(lane) + " is not in its own mask");
+  if (op == W_SHFL && src >= 0 && !(mask >> src & 1)) fail(std::string(kWName[op]) + " at " + where(s) + ": lane " + std::to_string(lane) + " reads lane " + std::to_string(src) + ", which is not in the mask (undefined on a GPU)");
+#ifdef MC_TSAN
+  Block* b = g_blk;
+  unsigned w = me->lin >> 5, ph = b->wphase[w] & 1;
+  __tsan_release(&b->wtok[w][ph]);
+#endif
+  me->op = op; me->mask = mask; me->val = val; me->src = src; me->site = s; me->kind = WARP;
+  to_main();
+#ifdef MC_TSAN
+  __tsan_acquire(&b->wtok[w][ph]);
+#endif
+  return me->res;
+}
+// try to complete the warp operation that fiber f waits in; true if it was completed
+MC_NOTSAN bool try_warp(Block* b, unsigned w, unsigned lead) {
+  Fiber* base = b->f + w * 32;
+  unsigned nl = b->n - w * 32 < 32 ? b->n - w * 32 : 32;
+  Fiber* f0 = base + lead;
+  unsigned mask = f0->mask;
+  if (nl < 32) mask &= (1u << nl) - 1;
+  for (unsigned l = 0; l < nl; ++l)
+    if (mask >> l & 1) {
+      Fiber* f = base + l;
+      if (f->kind != WARP) return false;
+      if (f->op != f0->op || f->mask != f0->mask || !same(f->site, f0->site))
+        fail(std::string("warp operations differ within one mask: lane ") + std::to_string(lead) + " waits in " + kWName[f0->op] + " at " + where(f0->site) + ", lane " + std::to_string(l) + " in " + kWName[f->op] + " at " + where(f->site));
+    }
+  uint64_t acc = 0;
+  bool first = true;
+  for (unsigned l = 0; l < nl; ++l)
+    if (mask >> l & 1) {
+      uint64_t v = base[l].val;
+      int32_t sv = int32_t(v), sa = int32_t(acc);
+      switch (f0->op) {
+        case W_BALLOT: if (v) acc |= 1ull << l; break;
+        case W_ADD: acc = uint32_t(acc + v); break;
+        case W_MIN: acc = first || sv < sa ? uint32_t(v) : acc; break;
+        case W_MAX: acc = first || sv > sa ? uint32_t(v) : acc; break;
+        case W_AND: acc = first ? v : acc & v; break;
+        case W_OR: acc |= v; break;
+        case W_XOR: acc ^= v; break;
+        default: break;
+      }
+      first = false;
+    }
+  for (unsigned l = 0; l < nl; ++l)
+    if (mask >> l & 1) {
+      Fiber* f = base + l;
+      if (f->op == W_SHFL) f->res = f->src < 0 ? f->val : (unsigned(f->src) < nl ? base[f->src].val : 0);
+      else if (f->op == W_MATCH) {
+        uint64_t m = 0;
+        for (unsigned k = 0; k < nl; ++k) if ((mask >> k & 1) && base[k].val == f->val) m |= 1ull << k;
+        f->res = m;
+      } else f->res = acc;
+    }
+  for (unsigned l = 0; l < nl; ++l) if (mask >> l & 1) base[l].kind = RUN;
+#ifdef MC_TSAN
+  b->wphase[w]++;
+#endif
+  return true;
+}
+
+// ---------------------------------------------------------------- shared memory
+MC_NOTSAN char* shared_alloc(size_t n) {
+  size_t m = (n + 15) & ~size_t(15);
+#if defined(MC_TSAN)  // mapped by the scheduler for each block anew, so that TSan sees no owner
+  char* p = g_blk->arena + g_blk->arenaused;
+  g_blk->arenaused += m;
+  for (size_t i = 0; i < m; ++i) p[i] = char(0xFF);
+#else
+  (void)m;
+  char* p = (char*)std::malloc(n ? n : 1);  // exact size: ASan sees one byte too far
+  std::memset(p, 0xFF, n);  // NaN for float/half/bf16, -1 for int: a read before a write shows
+#endif
+  return p;
+}
+MC_NOTSAN void shared_free(char* p, size_t n) {
+  if (!p) return;
+  (void)n;
+#if !defined(MC_TSAN)
+  std::free(p);
+#endif
+}
+MC_NOTSAN void* shared_var(const void* key, size_t n) {
+  Block* b = g_blk;
+  for (int i = 0; i < b->nsv; ++i) if (b->sv[i].key == key) return b->sv[i].p;
+  if (b->nsv == 64) fail("more than 64 shared variables in one kernel");
+  size_t tot = b->dynbytes + n;
+  for (int i = 0; i < b->nsv; ++i) tot += b->sv[i].n;
+  if (tot > 227 * 1024) fail("more than 227 KiB of shared memory in one block");
+  b->sv[b->nsv] = {key, shared_alloc(n), n};
+  return b->sv[b->nsv++].p;
+}
+MC_NOTSAN void* dyn_shared() {
+  if (!g_blk->dyn) fail("dynamic shared memory used, but the launch asked for 0 bytes");
+  return g_blk->dyn;
+}
+
+// ---------------------------------------------------------------- launch
+inline void read_env() {
+  const char* e = std::getenv("MC_SHIM_SCHED");
+  g_sched = 0;
+  if (e && !std::strcmp(e, "reverse")) g_sched = 1;
+  if (e && !std::strncmp(e, "random", 6)) { g_sched = 2; g_rng = 88172645463325252ull ^ (e[6] == ':' ? std::strtoull(e + 7, nullptr, 10) * 0x9E3779B97F4A7C15ull : 0); }
+}
+inline std::string stuck(Block* b) {
+  std::string m = "block (" + std::to_string(b->bid.x) + "," + std::to_string(b->bid.y) + "," + std::to_string(b->bid.z) + ") is stuck (divergent barrier or warp operation):";
+  int shown = 0;
+  for (unsigned i = 0; i < b->n; ++i) {
+    Fiber* f = b->f + i;
+    if (i && f->kind == b->f[i - 1].kind && (f->kind == DONE || f->site.line == b->f[i - 1].site.line)) continue;
+    if (++shown > 8) { m += " ..."; break; }
+    m += "\n  from thread " + std::to_string(i) + ": " + (f->kind == DONE ? "has returned" : f->kind == BARRIER ? "waits in __syncthreads at " + where(f->site) : std::string("waits in ") + kWName[f->op] + " mask 0x" + [&] { char t[16]; snprintf(t, 16, "%08x", f->mask); return std::string(t); }() + " at " + where(f->site));
+  }
+  return m;
+}
+MC_NOTSAN void run_block(Block* b) {
+  unsigned n = b->n, start = 0;
+  while (b->live) {
+    bool progress = false;
+    if (g_sched == 2) start = rnd() % n;
+    for (unsigned k = 0; k < n; ++k) {
+      unsigned i = g_sched == 1 ? n - 1 - k : g_sched == 2 ? (start + k * 7919u) % n : k;
+      if (g_sched == 2 && n % 7919u == 0) i = k;
+      Fiber* f = b->f + i;
+      if (f->kind == RUN) { to_fiber(f); progress = true; if (b->haserr) return; }
+      if (f->kind == WARP && try_warp(b, i >> 5, i & 31)) progress = true;
+    }
+    if (progress) continue;
+    unsigned nb = 0, sum = 0, alland = 1, anyor = 0;
+    Fiber* first = nullptr;
+    for (unsigned i = 0; i < n; ++i) {
+      Fiber* f = b->f + i;
+      if (f->kind == BARRIER) {
+        ++nb; sum += f->barval != 0; alland &= f->barval != 0; anyor |= f->barval != 0;
+        if (!first) first = f;
+        else if (!same(first->site, f->site) || first->barop != f->barop)
+          fail("threads of one block wait in different barriers: thread " + std::to_string(first->lin) + " at " + where(first->site) + ", thread " + std::to_string(f->lin) + " at " + where(f->site));
+      }
+    }
+    if (nb == 0 || nb != b->live) fail(stuck(b));
+    b->barres = first->barop == 1 ? int(sum) : first->barop == 2 ? int(alland) : int(anyor);
+    for (unsigned i = 0; i < n; ++i) if (b->f[i].kind == BARRIER) b->f[i].kind = RUN;
+#ifdef MC_TSAN
+    b->phase++;
+#endif
+  }
+}
+template <class F> void tramp(void* p) { (*static_cast<F*>(p))(); }
+
+MC_NOTSAN void make_fiber(Block* b, unsigned i) {
+  Fiber* f = b->f + i;
+  f->lin = i;
+  f->tid = {i % b->bdim.x, i / b->bdim.x % b->bdim.y, i / (b->bdim.x * b->bdim.y)};
+  f->kind = RUN; f->qn = 0; f->qgroup = 0; f->site = {nullptr, 0};
+  f->stk = b->stk + i * (kStack + 4096) + 4096;
+#ifdef MC_ASAN
+  f->fake = nullptr;
+  __asan_unpoison_memory_region(f->stk, kStack);  // frames of the fiber before may have left marks
+#endif
+#if defined(__x86_64__)
+  void** s = (void**)(f->stk + kStack - (i * 320u & 4095u));  // stagger: equal page offsets would share cache sets
+  *--s = nullptr;  // keeps the stack 16-byte aligned at entry
+  *--s = (void*)&run_entry;
+  for (int k = 0; k < 6; ++k) *--s = nullptr;
+  f->sp = s;
+#else
+  getcontext(&f->uc);
+  f->uc.uc_stack.ss_sp = f->stk; f->uc.uc_stack.ss_size = kStack; f->uc.uc_link = nullptr;
+  makecontext(&f->uc, (void (*)())run_entry, 0);
+#endif
+#ifdef MC_TSAN
+  f->ts = __tsan_create_fiber(0);
+#endif
+}
+MC_NOTSAN void map_stacks(Block* b) {
+  b->stkbytes = size_t(b->n) * (kStack + 4096);
+  b->stk = (char*)mmap(nullptr, b->stkbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (b->stk == MAP_FAILED) fail("cannot map fiber stacks");
+  for (unsigned i = 0; i < b->n; ++i) mprotect(b->stk + i * (kStack + 4096), 4096, PROT_NONE);  // guard page
+}
+template <class F> MC_NOTSAN void launch(dim3 grid, dim3 block, size_t smem, F body) {
+  size_t n = size_t(block.x) * block.y * block.z;
+  if (n == 0 || n > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) fail("invalid block size");
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u) fail("invalid grid size");
+  if (smem > 227 * 1024) fail("too much dynamic shared memory");
+  if (g_blk) fail("a kernel launched from a kernel (dynamic parallelism) is not supported");
+  read_env();
+  Block* b = (Block*)calloc(1, sizeof(Block));
+  new (&b->err) std::exception_ptr();
+  b->f = (Fiber*)calloc(n, sizeof(Fiber));
+  b->n = unsigned(n); b->bdim = block; b->gdim = grid; b->entry = &tramp<F>; b->arg = &body;
+  g_blk = b;
+  std::exception_ptr err;
+#ifndef MC_TSAN
+  map_stacks(b);
+#else
+  b->mainfiber = __tsan_get_current_fiber();
+#endif
+  size_t nb = size_t(grid.x) * grid.y * grid.z, off = g_sched == 2 ? g_rng % nb : 0;
+  for (size_t q = 0; q < nb && !err; ++q) {
+    size_t id = g_sched == 1 ? nb - 1 - q : g_sched == 2 ? (q * 7919 + off) % nb : q;
+    if (g_sched == 2 && nb % 7919 == 0) id = q;
+    b->bid = {unsigned(id % grid.x), unsigned(id / grid.x % grid.y), unsigned(id / grid.x / grid.y)};
+    b->live = b->n; b->nsv = 0; b->dynbytes = smem;
+#ifdef MC_TSAN
+    b->arena = (char*)mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    b->arenaused = 0;
+#endif
+    b->dyn = smem ? shared_alloc(smem) : nullptr;
+#ifdef MC_TSAN
+    map_stacks(b);  // fresh memory for each block: TSan must not compare the stacks of two blocks
+#endif
+    for (unsigned i = 0; i < b->n; ++i) make_fiber(b, i);
+    try { run_block(b); } catch (...) { err = std::current_exception(); }
+    if (b->haserr) {
+#ifdef MC_TSAN
+      __tsan_acquire(&g_done);
+#endif
+      err = b->err; b->err = nullptr;
+    }
+#ifdef MC_TSAN
+    for (unsigned i = 0; i < b->n; ++i) __tsan_destroy_fiber(b->f[i].ts);
+    munmap(b->stk, b->stkbytes);
+    munmap(b->arena, kArena);
+#endif
+    for (int i = 0; i < b->nsv; ++i) shared_free(b->sv[i].p, b->sv[i].n);
+    shared_free(b->dyn, smem);
+  }
+#ifdef MC_TSAN
+  __tsan_acquire(&g_done);
+#else
+  munmap(b->stk, b->stkbytes);
+#endif
+  g_blk = nullptr;
+  b->err.~exception_ptr();
+#ifdef MC_TSAN
+  if (err) std::rethrow_exception(err);  // fibers that never ended: leak their memory rather than report its release
+#endif
+  for (unsigned i = 0; i < b->n; ++i) std::free(b->f[i].q);
+  std::free(b->f); std::free(b);
+  if (err) std::rethrow_exception(err);
+}
+
+template <class T> inline uint64_t pack(T v) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "warp operations take values of at most 8 bytes");
+  uint64_t r = 0; std::memcpy(&r, &v, sizeof v); return r;
+}
+template <class T> inline T unpack(uint64_t r) { T v; std::memcpy(&v, &r, sizeof v); return v; }
+}  // namespace mcshim
+
+#define threadIdx (mcshim::cur()->tid)
+#define blockIdx (mcshim::blk()->bid)
+#define blockDim (mcshim::blk()->bdim)
+#define gridDim (mcshim::blk()->gdim)
+static const int warpSize = 32;
+#define MC_SITE const char* mc_f = __builtin_FILE(), int mc_l = __builtin_LINE()
+
+inline void __syncthreads(MC_SITE) { mcshim::block_barrier({mc_f, mc_l}, 0, 0); }
+inline int __syncthreads_count(int p, MC_SITE) { return mcshim::block_barrier({mc_f, mc_l}, 1, p); }
+inline int __syncthreads_and(int p, MC_SITE) { return mcshim::block_barrier({mc_f, mc_l}, 2, p); }
+inline int __syncthreads_or(int p, MC_SITE) { return mcshim::block_barrier({mc_f, mc_l}, 3, p); }
+inline void __syncwarp(unsigned m = 0xffffffffu, MC_SITE) { mcshim::warp_op(mcshim::W_SYNC, m, 0, -1, {mc_f, mc_l}); }
+template <class T> T __shfl_sync(unsigned m, T v, int src, int width = 32, MC_SITE) {
+  int lane = mcshim::cur()->lin & 31;
+  return mcshim::unpack<T>(mcshim::warp_op(mcshim::W_SHFL, m, mcshim::pack(v), (lane & ~(width - 1)) + (src & (width - 1)), {mc_f, mc_l}));
+}
+template <class T> T __shfl_xor_sync(unsigned m, T v, int x, int width = 32, MC_SITE) {
+  int lane = mcshim::cur()->lin & 31, s = lane ^ x;
+  if (s >= (lane & ~(width - 1)) + width) s = -1;
+  return mcshim::unpack<T>(mcshim::warp_op(mcshim::W_SHFL, m, mcshim::pack(v), s, {mc_f, mc_l}));
+}
+template <class T> T __shfl_down_sync(unsigned m, T v, unsigned d, int width = 32, MC_SITE) {
+  int lane = mcshim::cur()->lin & 31, s = lane + int(d);
+  if (s >= (lane & ~(width - 1)) + width) s = -1;
+  return mcshim::unpack<T>(mcshim::warp_op(mcshim::W_SHFL, m, mcshim::pack(v), s, {mc_f, mc_l}));
+}
+template <class T> T __shfl_up_sync(unsigned m, T v, unsigned d, int width = 32, MC_SITE) {
+  int lane = mcshim::cur()->lin & 31, s = lane - int(d);
+  if (s < (lane & ~(width - 1))) s = -1;
+  return mcshim::unpack<T>(mcshim::warp_op(mcshim::W_SHFL, m, mcshim::pack(v), s, {mc_f, mc_l}));
+}
+inline unsigned __ballot_sync(unsigned m, int p, MC_SITE) { return unsigned(mcshim::warp_op(mcshim::W_BALLOT, m, p != 0, -1, {mc_f, mc_l})); }
+inline int __any_sync(unsigned m, int p, MC_SITE) { return __ballot_sync(m, p, mc_f, mc_l) != 0; }
+inline int __all_sync(unsigned m, int p, MC_SITE) { return __ballot_sync(m, !p, mc_f, mc_l) == 0; }
+template <class T> unsigned __match_any_sync(unsigned m, T v, MC_SITE) { return unsigned(mcshim::warp_op(mcshim::W_MATCH, m, mcshim::pack(v), -1, {mc_f, mc_l})); }
+inline unsigned __reduce_add_sync(unsigned m, unsigned v, MC_SITE) { return unsigned(mcshim::warp_op(mcshim::W_ADD, m, v, -1, {mc_f, mc_l})); }
+inline int __reduce_min_sync(unsigned m, int v, MC_SITE) { return int(mcshim::warp_op(mcshim::W_MIN, m, unsigned(v), -1, {mc_f, mc_l})); }
+inline int __reduce_max_sync(unsigned m, int v, MC_SITE) { return int(mcshim::warp_op(mcshim::W_MAX, m, unsigned(v), -1, {mc_f, mc_l})); }
+// __activemask() is left out on purpose: its value is not defined by the program text.
+
+inline void __threadfence_block() {
+#ifdef MC_TSAN
+  __tsan_acquire(&mcshim::g_fence); __tsan_release(&mcshim::g_fence);
+#endif
+}
+inline void __threadfence() { __threadfence_block(); mcshim::maybe_yield(); }
+inline void __threadfence_system() { __threadfence(); }
+
+// ---------------------------------------------------------------- atomics (relaxed, as in CUDA)
+namespace mcshim {
+template <class T, class Op> T atomic_rmw(T* p, Op op) {
+  using U = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  maybe_yield();
+  U* u = reinterpret_cast<U*>(p);
+  U o = __atomic_load_n(u, __ATOMIC_RELAXED), n;
+  T ov, nv;
+  do {
+    std::memcpy(&ov, &o, sizeof ov);
+    nv = op(ov);
+    std::memcpy(&n, &nv, sizeof n);
+  } while (!__atomic_compare_exchange_n(u, &o, n, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return ov;
+}
+}  // namespace mcshim
+template <class T> T atomicAdd(T* p, T v) { return mcshim::atomic_rmw(p, [v](T o) { return T(o + v); }); }
+template <class T> T atomicSub(T* p, T v) { return mcshim::atomic_rmw(p, [v](T o) { return T(o - v); }); }
+template <class T> T atomicMin(T* p, T v) { return mcshim::atomic_rmw(p, [v](T o) { return v < o ? v : o; }); }
+template <class T> T atomicMax(T* p, T v) { return mcshim::atomic_rmw(p, [v](T o) { return v > o ? v : o; }); }
+template <class T> T atomicExch(T* p, T v) { return mcshim::atomic_rmw(p, [v](T) { return v; }); }
+template <class T> T atomicOr(T* p, T v) { return mcshim::atomic_rmw(p, [v](T o) { return T(o | v); }); }
+template <class T> T atomicAnd(T* p, T v) { return mcshim::atomic_rmw(p, [v](T o) { return T(o & v); }); }
+template <class T> T atomicCAS(T* p, T c, T v) {
+  T o = mcshim::atomic_rmw(p, [c, v](T x) { return x == c ? v : x; });
+  if (!(o == c)) mcshim::yield();  // a spin loop must let the holder run
+  return o;
+}
+
+// ---------------------------------------------------------------- math
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float_as_int(float f) { int i; std::memcpy(&i, &f, 4); return i; }
+inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+template <class T> inline T __ldg(const T* p) { return *p; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------- fp16 / bf16 (stored as 16 bits, arithmetic by float)
+namespace mcshim {
+inline uint16_t f2h(float f) {
+  uint32_t x; std::memcpy(&x, &f, 4);
+  uint32_t s = x >> 16 & 0x8000, a = x & 0x7fffffff;
+  if (a >= 0x7f800000) return uint16_t(s | (a > 0x7f800000 ? 0x7fff : 0x7c00));
+  if (a >= 0x477ff000) return uint16_t(s | 0x7c00);
+  if (a < 0x33000001) return uint16_t(s);
+  int e = int(a >> 23) - 127;
+  uint32_t m = (a & 0x7fffff) | 0x800000;
+  int sh = e < -14 ? 13 + (-14 - e) : 13;
+  uint32_t base = e < -14 ? 0 : uint32_t(e + 14) << 10;  // the implicit bit adds 1 to the exponent
+  uint32_t q = m >> sh, r = m & ((1u << sh) - 1), h = 1u << (sh - 1);
+  if (r > h || (r == h && (q & 1))) ++q;
+  return uint16_t(s | (base + q));
+}
+inline float h2f(uint16_t h) {
+  uint32_t s = uint32_t(h & 0x8000) << 16, e = h >> 10 & 31, m = h & 1023, x;
+  if (e == 31) x = s | 0x7f800000 | m << 13;
+  else if (e) x = s | (e + 112) << 23 | m << 13;
+  else { float f = std::ldexp(float(m), -24); return s ? -f : f; }
+  float f; std::memcpy(&f, &x, 4); return f;
+}
+inline uint16_t f2b(float f) {
+  uint32_t x; std::memcpy(&x, &f, 4);
+  if ((x & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return uint16_t((x + 0x7fff + (x >> 16 & 1)) >> 16);
+}
+inline float b2f(uint16_t b) { uint32_t x = uint32_t(b) << 16; float f; std::memcpy(&f, &x, 4); return f; }
+}  // namespace mcshim
+#define MC_SMALL_FLOAT(T, TO, FROM)                                                   \
+  struct T {                                                                          \
+    uint16_t x;                                                                       \
+    T() = default;                                                                    \
+    T(float f) : x(mcshim::TO(f)) {}                                                  \
+    operator float() const { return mcshim::FROM(x); }                                \
+  };                                                                                  \
+  inline T operator+(T a, T b) { return T(float(a) + float(b)); }                     \
+  inline T operator-(T a, T b) { return T(float(a) - float(b)); }                     \
+  inline T operator*(T a, T b) { return T(float(a) * float(b)); }                     \
+  inline T operator/(T a, T b) { return T(float(a) / float(b)); }                     \
+  inline T __hadd(T a, T b) { return a + b; }                                         \
+  inline T __hmul(T a, T b) { return a * b; }                                         \
+  inline T __hfma(T a, T b, T c) { return T(float(std::fma(double(float(a)), double(float(b)), double(float(c))))); }
+MC_SMALL_FLOAT(__half, f2h, h2f)
+MC_SMALL_FLOAT(__nv_bfloat16, f2b, b2f)
+using half = __half;
+inline __half __float2half(float f) { return __half(f); }
+inline __half __float2half_rn(float f) { return __half(f); }
+inline float __half2float(__half h) { return float(h); }
+inline __nv_bfloat16 __float2bfloat16(float f) { return __nv_bfloat16(f); }
+inline __nv_bfloat16 __float2bfloat16_rn(float f) { return __nv_bfloat16(f); }
+inline float __bfloat162float(__nv_bfloat16 h) { return float(h); }
+struct alignas(4) __half2 { __half x, y; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline float2 __half22float2(__half2 h) { return {float(h.x), float(h.y)}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 h) { return {float(h.x), float(h.y)}; }
+
+// ---------------------------------------------------------------- cp.async (cuda_pipeline_primitives.h)
+// The copy happens at the WAIT, not at the call: a missing wait reads the poison.
+namespace mcshim {
+MC_NOTSAN void cp_queue(void* dst, const void* src, size_t n, size_t zfill) {
+  Fiber* f = g_cur;
+  if (!f->q) f->q = (Async*)std::malloc(64 * sizeof(Async));
+  if (f->qn == 64) fail("more than 64 cp.async outstanding in one thread");
+  f->q[f->qn++] = {dst, src, n, zfill, f->qgroup};
+}
+MC_NOTSAN void cp_commit() { g_cur->qgroup++; }
+MC_NOTSAN void cp_wait(int keep) {
+  Fiber* f = g_cur;
+  int k = 0;
+  for (int i = 0; i < f->qn; ++i) {
+    Async a = f->q[i];
+    if (a.group >= f->qgroup - keep) { f->q[k++] = a; continue; }
+    void* (*volatile copy)(void*, const void*, size_t) = std::memcpy;  // a real call: the sanitizers see the access
+    copy(a.dst, a.src, a.n - a.zfill);
+    if (a.zfill) std::memset((char*)a.dst + a.n - a.zfill, 0, a.zfill);
+  }
+  f->qn = k;
+}
+}  // namespace mcshim
+inline void __pipeline_memcpy_async(void* dst, const void* src, size_t n, size_t zfill = 0) {
+  if (n != 4 && n != 8 && n != 16) mcshim::fail("cp.async copies 4, 8 or 16 bytes");
+  if (uintptr_t(dst) % n || uintptr_t(src) % n) mcshim::fail("cp.async: address not aligned to the copy size");
+  mcshim::cp_queue(dst, src, n, zfill);
+}
+inline void __pipeline_commit() { mcshim::cp_commit(); }
+inline void __pipeline_wait_prior(int keep) { mcshim::cp_wait(keep); }
+
+// ---------------------------------------------------------------- cooperative groups (a small part)
+namespace cooperative_groups {
+struct thread_block {
+  unsigned thread_rank() const { return mcshim::cur()->lin; }
+  unsigned size() const { return mcshim::blk()->n; }
+  void sync(MC_SITE) const { __syncthreads(mc_f, mc_l); }
+};
+inline thread_block this_thread_block() { return {}; }
+template <unsigned N> struct thread_block_tile {
+  static_assert(N && N <= 32 && (N & (N - 1)) == 0, "tiles of 1..32 threads");
+  unsigned thread_rank() const { return mcshim::cur()->lin & (N - 1); }
+  unsigned meta_group_rank() const { return mcshim::cur()->lin / N; }
+  static constexpr unsigned size() { return N; }
+  unsigned mask() const { return (N == 32 ? 0xffffffffu : ((1u << (N & 31)) - 1)) << (mcshim::cur()->lin & 31 & ~(N - 1)); }
+  void sync(MC_SITE) const { __syncwarp(mask(), mc_f, mc_l); }
+  template <class T> T shfl(T v, int s, MC_SITE) const { return __shfl_sync(mask(), v, s, int(N), mc_f, mc_l); }
+  template <class T> T shfl_xor(T v, int x, MC_SITE) const { return __shfl_xor_sync(mask(), v, x, int(N), mc_f, mc_l); }
+  template <class T> T shfl_down(T v, unsigned d, MC_SITE) const { return __shfl_down_sync(mask(), v, d, int(N), mc_f, mc_l); }
+};
+template <unsigned N> thread_block_tile<N> tiled_partition(const thread_block&) { return {}; }
+template <class T> struct plus { T operator()(T a, T b) const { return a + b; } };
+template <class T> struct greater { T operator()(T a, T b) const { return a > b ? a : b; } };
+template <unsigned N, class T, class Op> T reduce(const thread_block_tile<N>& g, T v, Op op, MC_SITE) {
+  for (int x = int(N) / 2; x; x >>= 1) v = op(v, g.shfl_xor(v, x, mc_f, mc_l));
+  return v;
+}
+}  // namespace cooperative_groups
+
+// ---------------------------------------------------------------- host side
+// MC_SHARED(float, tile, [32][33]);
+#define MC_SHARED(T, name, dims) \
+  static char name##_mckey;      \
+  using name##_mcT = mcshim::id<T dims>; \
+  typename name##_mcT::t& name = *static_cast<typename name##_mcT::t*>(mcshim::shared_var(&name##_mckey, sizeof(typename name##_mcT::t)))
+namespace mcshim { template <class T> struct id { using t = T; }; }
+#define MC_KERNEL inline void
+#define MC_DYN_SHARED(name) char* name = static_cast<char*>(mcshim::dyn_shared())
+
+namespace mcshim {
+inline int64_t g_shared_limit = 227 * 1024;
+// Where set, a launch is told instead of run: kernel, blocks, threads, bytes of shared memory, the argument, its size.
+using Recorder = void (*)(const void*, int64_t, int, int64_t, const void*, int64_t);
+inline Recorder g_recorder = nullptr;
+}  // namespace mcshim
+inline int64_t mc_shared_limit(int64_t) { return mcshim::g_shared_limit; }
+template <class A>
+int64_t mc_launch(void (*kernel)(A), int64_t blocks, int threads, int64_t shared, int64_t, void*, const A& args) {
+  static_assert(std::is_trivially_copyable<A>::value && sizeof(A) <= 4096, "a kernel takes one plain struct");
+  if (blocks <= 0) return 0;
+  if (shared > mcshim::g_shared_limit) mcshim::fail("more shared memory than the device has");
+  if (mcshim::g_recorder) mcshim::g_recorder((const void*)kernel, blocks, threads, shared, &args, int64_t(sizeof args));
+  else mcshim::launch(dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared), [&] { kernel(args); });
+  return 0;
+}

@@ -1,0 +1,85 @@
+"""Builds the CUDA sources for the CPU: kernels under the shim, with the glue of csrc/cuda registered for CPU tensors.
+
+Objects are kept in build/cuda_on_cpu by the contents of what they are made from.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+OUT = ROOT / "build" / "cuda_on_cpu"
+
+COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+KERNEL = ["-x", "c++", "-O2", "-ftls-model=initial-exec"]
+GLUE = ["-O1", "-DMC_ON_CPU=1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
+SANITIZERS = {"address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "thread": ["-fsanitize=thread"]}
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler, or None."""
+    found = shlex.split(os.environ.get("CXX", ""))
+    if found:
+        return found if shutil.which(found[0]) else None
+    return next(([c] for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+
+
+def _headers() -> str:
+    """A digest of all headers that kernels and glue may include."""
+    digest = hashlib.sha256()
+    for p in sorted([*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h")]):
+        digest.update(p.name.encode() + p.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_object(source: Path, flags: list[str], name: str | None = None) -> Path:
+    """The object file of `source`, compiled if there is none of the same contents, flags and headers."""
+    command = [*compiler(), *COMMON, *flags]
+    key = hashlib.sha256("\0".join([_headers(), torch.__version__, *command]).encode() + source.read_bytes()).hexdigest()[:16]
+    obj = OUT / f"{name or source.name}.{key}.o"
+    if not obj.exists():
+        OUT.mkdir(parents=True, exist_ok=True)
+        for old in OUT.glob(f"{name or source.name}.*.o"):
+            old.unlink(missing_ok=True)
+        partial = obj.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} -c {source}\n{done.stderr}")
+        partial.replace(obj)
+    return obj
+
+
+def link(name: str, objects: list[Path], flags: list[str]) -> Path:
+    key = hashlib.sha256("\0".join([*map(str, objects), *flags]).encode()).hexdigest()[:16]
+    out = OUT / f"{name}.{key}"
+    if not out.exists():
+        for old in OUT.glob(f"{name}.*"):
+            old.unlink(missing_ok=True)
+        partial = out.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*compiler(), *map(str, objects), *flags, "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        partial.replace(out)
+    return out
+
+
+def kernels() -> list[Path]:
+    """The kernel files: all but the one that speaks to the CUDA runtime."""
+    return sorted(p for p in CUDA.glob("*.cu") if p.name != "runtime.cu")
+
+
+def library() -> Path:
+    """A shared library of all kernels with their glue, for CPU tensors."""
+    jobs = [(p, KERNEL) for p in [*kernels(), HERE / "shim_library.cpp"]] + [(p, GLUE) for p in sorted(CUDA.glob("*.cpp"))]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job), jobs))
+    torch_lib = Path(torch.__file__).parent / "lib"
+    return link("memcore_cuda.so", objects, ["-shared", f"-L{torch_lib}", "-ltorch_cpu", "-ldl"])

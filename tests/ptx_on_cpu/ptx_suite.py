@@ -1,0 +1,319 @@
+"""memcore's operators through compiled PTX: Triton's kernels and nvcc's, launched by their own host code, run by the emulator.
+
+`emulated(Emulator(...))` lets every memcore operator that has such kernels run on them, on CPU tensors. Each launch runs in several
+orders from the same state; the results must agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptx_machine import ORDERS, Kernel, Launch, PtxError, Sparse
+from ptx_program import Module
+
+__all__ = ["Emulator", "Record", "emulated", "missing", "nvcc_ptx", "operators", "triton_kernel"]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+OUT = ROOT / "build" / "ptx_on_cpu"
+sys.path.append(str(HERE.parent / "cuda_on_cpu"))
+
+BACKENDS = ("triton", "cuda")
+
+
+@lru_cache(maxsize=None)
+def missing(backend: str) -> str:
+    """Why kernels of this backend cannot be compiled here; empty if they can."""
+    if backend == "triton":
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            return "TRITON_INTERPRET is set: nothing compiles in this process"
+        if find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        return ""
+    if shutil.which("nvcc") is None:
+        return "no nvcc on the PATH"
+    import shim_build
+
+    return "" if shim_build.compiler() else "no C++ compiler for the CUDA kernels' host code"
+
+
+@lru_cache(maxsize=None)
+def operators(backend: str) -> tuple[str, ...]:
+    """Operators that have kernels of this backend."""
+    if backend == "triton":
+        return tuple(sorted(p.parent.name for p in (ROOT / "kernels").glob("*/triton.py")))
+    return tuple(sorted(p.stem for p in CUDA.glob("*.cu") if p.with_suffix(".cpp").exists()))
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+def triton_key(source, num_warps: int, arch: int) -> tuple:
+    frozen = lambda d: tuple(sorted((k, str(v)) for k, v in d.items()))
+    return source.fn.fn.__qualname__, frozen(source.signature), frozen(source.constants), frozen(source.attrs), num_warps, arch
+
+
+_triton: dict[tuple, tuple[Kernel, int]] = {}
+
+
+def triton_compile(source, num_warps: int, arch: int):
+    """triton.compile for an NVIDIA GPU that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+
+
+def triton_kernel(source, num_warps: int, arch: int) -> tuple[Kernel, int]:
+    """(kernel, bytes of dynamic shared memory)"""
+    key = triton_key(source, num_warps, arch)
+    if key not in _triton:
+        made = triton_compile(source, num_warps, arch)
+        _triton[key] = Kernel(made.asm["ptx"], made.metadata.name), made.metadata.shared
+    return _triton[key]
+
+
+@lru_cache(maxsize=None)
+def nvcc_ptx(op: str, arch: int) -> str:
+    """PTX of csrc/cuda/<op>.cu, kept in build/ by the contents it is made from."""
+    source = CUDA / f"{op}.cu"
+    digest = hashlib.sha256(source.read_bytes())
+    for p in sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]):
+        digest.update(p.name.encode() + p.read_bytes())
+    digest.update(_nvcc_version().encode())
+    out = OUT / f"{op}.sm_{arch}.{digest.hexdigest()[:16]}.ptx"
+    if not out.exists():
+        OUT.mkdir(parents=True, exist_ok=True)
+        for old in OUT.glob(f"{op}.sm_{arch}.*.ptx"):
+            old.unlink(missing_ok=True)
+        partial = out.with_suffix(f".{os.getpid()}")
+        command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{arch}", "-o", str(partial), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        partial.replace(out)
+    return out.read_text()
+
+
+@lru_cache(maxsize=1)
+def _nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
+@lru_cache(maxsize=None)
+def nvcc_module(op: str, arch: int) -> Module:
+    return Module(nvcc_ptx(op, arch))
+
+
+@lru_cache(maxsize=None)
+def nvcc_kernel(op: str, symbol: str, arch: int) -> Kernel:
+    for name in (op, *operators("cuda")):
+        module = nvcc_module(name, arch)
+        if symbol in module.names:
+            return Kernel(module, symbol)
+    raise PtxError(f"nvcc made no kernel {symbol}")
+
+
+# Launching ------------------------------------------------------------------------------------------------------------
+
+
+def array_of(t: Tensor) -> np.ndarray:
+    """The tensor's bytes, shared with it."""
+    if not t.is_contiguous():
+        raise ValueError("kernels are given contiguous tensors")
+    return t.detach().reshape(-1).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
+
+
+@dataclass
+class Record:
+    """One launch that was run."""
+
+    op: str
+    way: str
+    kernel: str
+    grid: tuple
+    threads: int
+    shared: int
+    report: Launch
+    kernel_object: Kernel | None = None
+    args: list | None = None
+    memory: list | None = None
+    before: list[np.ndarray] | None = None
+    after: list[np.ndarray] | None = None
+
+    def arrays(self) -> list[np.ndarray]:
+        return [a for a in (*self.args, *self.memory) if isinstance(a, np.ndarray)]
+
+    def caught(self, kernel: Kernel, orders: tuple[str, ...] = ORDERS, replicas: bool = False) -> str:
+        """How a changed kernel shows when the launch is run again; empty if it does not."""
+        arrays = self.arrays()
+        try:
+            for order in orders:
+                for a, b in zip(arrays, self.before):
+                    a[...] = b
+                try:
+                    kernel.launch(self.grid, (self.threads, 1, 1), self.args, self.shared, order=order, memory=self.memory, races=order == "lockstep", replicas=replicas)
+                except PtxError as e:
+                    return str(e)
+                if any(not np.array_equal(a, b) for a, b in zip(arrays, self.after)):
+                    return f"{order}: another result"
+        finally:
+            for a, b in zip(arrays, self.after):
+                a[...] = b
+        return ""
+
+
+@dataclass
+class Emulator:
+    """How launches are run, and what they did."""
+
+    backend: str
+    arch: int
+    orders: tuple[str, ...] = ORDERS
+    races: bool = True
+    count: bool = False
+    keep: bool = False
+    """Keep what is needed to run every launch again."""
+    records: list[Record] = field(default_factory=list)
+    labels: dict[int, str] = field(default_factory=dict)
+    """Address of a tensor -> its name in the operator's schema."""
+
+    def run(self, op: str, way: str, kernel: Kernel, grid, threads: int, args: list, shared: int, memory: list[np.ndarray], names) -> None:
+        arrays = [a for a in (*args, *memory) if isinstance(a, np.ndarray)]
+        before = [a.copy() for a in arrays]
+        first: list[np.ndarray] | None = None
+        for order in self.orders:
+            if first is not None:
+                for a, b in zip(arrays, before):
+                    a[...] = b
+            report = kernel.launch(
+                grid, (threads, 1, 1), args, shared, order=order, memory=memory, names=names,
+                races=self.races and order == "lockstep", replicas=self.backend == "triton", count=self.count and first is None,
+            )  # fmt: skip
+            if first is None:
+                first = [a.copy() for a in arrays]
+                record = Record(op, way, kernel.program.name, tuple(grid), threads, shared, report)
+                if self.keep:
+                    record.kernel_object, record.args, record.memory, record.before, record.after = kernel, args, memory, before, first
+                self.records.append(record)
+            else:
+                for name, a, b in zip([*names, *[""] * len(arrays)], arrays, first):
+                    if not np.array_equal(a, b):
+                        raise PtxError(f"{kernel.program.name}: {name or 'an array'} depends on the order of the warps (a barrier is missing)")
+
+    def name(self, t: Tensor) -> str:
+        return self.labels.get(t.data_ptr(), "workspace")
+
+    def triton(self, op: str, way: str, args: tuple):
+        shared = import_module("memcore.kernels._triton")
+        function = getattr(import_module(f"memcore.kernels.{op}.triton"), f"{op}_{way}")
+
+        def hook(launch) -> None:
+            source = launch.source()
+            kernel, bytes_ = triton_kernel(source, launch.num_warps, self.arch)
+            values, names = [], []
+            for name, kind in source.signature.items():
+                if kind != "constexpr":
+                    v = launch.arguments[name]
+                    if isinstance(v, Tensor):
+                        names.append(self.labels.get(v.data_ptr(), name))
+                        v = array_of(v)
+                    values.append(v)
+            self.run(op, way, kernel, launch.grid, 32 * launch.num_warps, values, bytes_, [], names)
+
+        with shared.launching(hook):
+            return function(*args)
+
+    def cuda(self, op: str, way: str, args: tuple):
+        import cuda_shim
+
+        library = cuda_shim.load()
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        problem: list[BaseException] = []
+
+        def launched(symbol, blocks, threads, shared, argument, size) -> None:
+            if problem:
+                return
+            try:
+                kernel = nvcc_kernel(op, library.mc_shim_name(symbol).decode(), self.arch)
+                known = [*tensors, *made.tensors]
+                names = [self.name(t) for t in known]
+                self.run(op, way, kernel, (blocks, 1, 1), threads, [ctypes.string_at(argument, size)], shared, [array_of(t) for t in known], names)
+            except BaseException as e:  # ctypes would only print it
+                problem.append(e)
+
+        callback = cuda_shim._RECORDER(launched)
+        library.mc_shim_record(callback)
+        try:
+            with _Made() as made:  # a redispatch passes the mode by, what the kernel allocates does not
+                raw = getattr(torch.ops.memcore, f"_{op}_{way}_cuda").default
+                out = raw.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+        finally:
+            library.mc_shim_record(None)
+        if problem:
+            raise problem[0]
+        return out
+
+    def call(self, op: str, way: str, schema, args: tuple):
+        for a, value in zip(schema.arguments, args):
+            if isinstance(value, Tensor) and value.numel():
+                self.labels[value.data_ptr()] = a.name
+        out = getattr(self, self.backend)(op, way, args)
+        return out
+
+
+class _Made(TorchDispatchMode):
+    """The dense tensors that appear inside: outputs and workspaces that C++ allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.device.type == "cpu" and out.is_contiguous() and out.numel():
+            if all(t.data_ptr() != out.data_ptr() for t in self.tensors):
+                self.tensors.append(out)
+        return out
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, emulator: Emulator):
+        super().__init__()
+        self.emulator = emulator
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "memcore" and not kwargs:
+            op, _, way = func._schema.name.removeprefix("memcore::").rpartition("_")
+            if way in ("fwd", "bwd") and op in operators(self.emulator.backend):
+                self.calls.append(f"{op}_{way}")
+                return self.emulator.call(op, way, func._schema, args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def emulated(emulator: Emulator) -> Iterator[list[str]]:
+    """Inside, memcore's operators run on compiled kernels; yields the names of those that did."""
+    from paths import PATHS, use_path
+
+    with use_path(PATHS[-1] if PATHS[-1] != "reference" else "registered"), _Mode(emulator) as mode:
+        yield mode.calls

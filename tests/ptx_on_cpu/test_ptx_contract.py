@@ -1,0 +1,50 @@
+"""The contract of tests/cases.py through the PTX that Triton and nvcc compile the GPU kernels to, in three orders of warps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import assert_close
+from contract import PAIRS, expected, run
+from ptx_suite import BACKENDS, Emulator, emulated, missing, operators
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def plan():
+    """Every sample in float32 for one architecture; the others, and the narrow types, on each operator's first samples."""
+    for backend in BACKENDS:
+        for p in PAIRS:
+            case, sample = p.values
+            if case.name not in operators(backend):
+                continue
+            at = case.samples.index(sample)
+            for dtype in DTYPES:
+                for arch in (80, 90):
+                    every = dtype == "float32" and arch == 80
+                    first = at == (0 if dtype == "float32" else 2 if dtype == "bfloat16" else 3) and (arch == 90 or dtype != "float32")
+                    slow = not (every or first)
+                    marks = [pytest.mark.slow] if slow else []
+                    if missing(backend):
+                        marks.append(pytest.mark.skip(reason=missing(backend)))
+                    yield pytest.param(backend, arch, case, sample, DTYPES[dtype], id=f"{backend}-sm_{arch}-{p.id}-{dtype}", marks=marks)
+
+
+def check(emulator, case, sample, dtype):
+    x = case.inputs(sample, dtype)
+    before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in x.items()}
+    with emulated(emulator) as calls:
+        ys, grads = run(case.function, case, sample, x)
+    assert f"{case.name}_fwd" in calls and f"{case.name}_bwd" in calls
+    wanted, wanted_grads = expected(case, sample, dtype)
+    for i, (y, e) in enumerate(zip(ys, wanted, strict=True)):
+        assert_close(y, e, dtype=dtype, **case.tolerance(sample, before), what=f"output {i}")
+    for k, e in wanted_grads.items():
+        assert_close(grads[k], e, dtype=dtype, **case.tolerance(sample, before, backward=True), what=f"gradient of {k}")
+    for k, v in before.items():
+        assert not isinstance(v, Tensor) or torch.equal(x[k], v), f"{k} was written to"
+
+
+@pytest.mark.parametrize("backend, arch, case, sample, dtype", list(plan()))
+def test_contract(backend, arch, case, sample, dtype):
+    check(Emulator(backend, arch), case, sample, dtype)
