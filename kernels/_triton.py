@@ -513,3 +513,42 @@ def address_bwd_kernel(
         p_din, p_dprev, p_dbeta, p_dgate, p_dshift, p_dgamma, p_own,
         rows, rows < count, N, S, BR, BL,
     )  # fmt: skip
+
+
+# Sums over slots and writes -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def wide(i):
+    """A loop counter as a 64-bit offset."""
+    return tl.zeros([], tl.int64) + i
+
+
+@triton.jit
+def load_slots(p, n0, N, BN: tl.constexpr):
+    """p [N] from slot n0 on, zero past the end: [BN] float32."""
+    n = n0 + tl.arange(0, BN)
+    return tl.load(p + n, mask=n < N, other=0).to(tl.float32)
+
+
+@triton.jit
+def erased(m, p_weights, p_erase, n0, H, skip, N, W, BN: tl.constexpr, BW: tl.constexpr):
+    """m * product over heads (but `skip`; -1 skips none) of 1 - w_h e_h^T; p_weights [H, N], p_erase [H, W]."""
+    for h in range(H):
+        if h != skip:
+            w = load_slots(p_weights + wide(h) * N, n0, N, BN)
+            m *= 1 - w[:, None] * load_vector(p_erase + h * W, W, BW)[None, :]
+    return m
+
+
+@triton.jit
+def added(m, p_weights, p_words, n0, H, N, W, BN: tl.constexpr, BW: tl.constexpr):
+    """m + sum over heads of w_h word_h^T."""
+    for h in range(H):
+        m += load_slots(p_weights + wide(h) * N, n0, N, BN)[:, None] * load_vector(p_words + h * W, W, BW)[None, :]
+    return m
+
+
+def split_heads(H: int, BW: int) -> int:
+    """Heads whose sums [heads, BW] a block keeps at once, a power of two."""
+    return min(power(H), max(1, sizes.heads // BW))
