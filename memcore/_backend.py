@@ -97,7 +97,7 @@ def takes_kernel(op: str, device: torch.device) -> bool:
 
 def _why_not(name: str, op: str, kind: str) -> str:
     if name == "triton":
-        return "this version has no Triton kernels"
+        return "no Triton kernel can be chosen in this version"
     if native is None and kind == "cpu":
         return native_missing
     return f"the native library has no kernel of {op} for {kind}"

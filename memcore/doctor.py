@@ -64,7 +64,7 @@ def _operators() -> dict[str, dict[str, str]]:
             cpu = "plain PyTorch (no native kernel of it)"
         else:
             cpu = f"native, {info['cpu_isa']}"
-        found[name] = {"cpu": cpu, "cuda": "plain PyTorch (no CUDA or Triton kernels in this version)"}
+        found[name] = {"cpu": cpu, "cuda": "plain PyTorch (the CUDA and Triton kernels cannot be chosen yet)"}
     return found
 
 
