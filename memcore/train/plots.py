@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._extras import require
 from .checkpoint import atomic_write, load_checkpoint
-from .experiment import load_run
+from .experiment import RESULT, load_run
 from .loop import CHECKPOINT, CURVE, evaluate
 
 __all__ = ["accuracy", "curve", "memory", "memory_figure", "png"]
@@ -73,9 +73,17 @@ def _columns(row: Mapping[str, Any]) -> dict[str, float]:
     return spread
 
 
+def _config(folder: PathLike) -> dict[str, Any]:
+    """The run's configuration, from its result where the weights were not kept."""
+    result = Path(folder) / RESULT
+    if not (Path(folder) / CHECKPOINT).exists() and result.exists():
+        return json.loads(result.read_text())["config"]
+    return load_checkpoint(Path(folder) / CHECKPOINT).meta["user"]
+
+
 def _names(folders: Sequence[PathLike]) -> list[tuple[str, str]]:
     """(task, label of the arm) of each run; runs that differ in the seed alone share both."""
-    configs = [load_checkpoint(Path(f) / CHECKPOINT).meta["user"] for f in folders]
+    configs = [_config(f) for f in folders]
     told = []
     for c in configs:
         same = {**c, "train": {k: v for k, v in c["train"].items() if k not in ("seed", "steps")}}

@@ -8,6 +8,7 @@ import torch
 
 from memcore.tasks import make
 from memcore.train import build, configure, plots, train
+from memcore.train.checkpoint import load_checkpoint
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
@@ -61,6 +62,17 @@ def test_curve_keeps_other_settings_apart_and_takes_zeros_on_a_log_axis(runs, tm
     assert figure.axes[0].get_yscale() == "symlog" and plots.png(figure)
     figure = plots.curve([other], metric="accuracy.2")
     np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_ydata(), [0.75, 0.75])
+
+
+def test_curve_of_records_without_their_weights(runs, tmp_path):
+    for i, run in enumerate(runs):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "curve.jsonl").write_bytes((run / "curve.jsonl").read_bytes())
+        config = load_checkpoint(run / "checkpoint.safetensors").meta["user"]
+        (tmp_path / str(i) / "result.json").write_text(json.dumps({"config": config}))
+    kept, bare = plots.curve(runs), plots.curve([tmp_path / str(i) for i in range(len(runs))])
+    lines = [[(line.get_label(), list(line.get_ydata())) for line in f.axes[0].get_lines()] for f in (kept, bare)]
+    assert lines[0] and lines[0] == lines[1]
 
 
 def test_curve_refuses_what_is_no_run(runs, tmp_path):
