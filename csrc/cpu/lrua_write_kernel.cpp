@@ -69,7 +69,7 @@ template <class T> struct Write {
     for (int64_t n = 0; n < a.N; n += step) {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       if (!a.grad_written) {
-        std::memset(dmemory + n * a.W, 0, (size_t)(rows * a.W) * sizeof(T));
+        clear(dmemory + n * a.W, rows * a.W);
         continue;
       }
       const T* from = (const T*)a.grad_written + (b * a.N + n) * a.W;
@@ -78,8 +78,8 @@ template <class T> struct Write {
       for (int64_t h = 0; h < a.H; h++)
         for (int64_t i = 0; i < rows; i++) dweights[h * Np + n + i] += next[h * rows + i];
       gather(g, a.W, rows, a.W, weights + n, Np, a.H, dword, Wp);
-      std::memcpy(dmemory + n * a.W, from, (size_t)(rows * a.W) * sizeof(T));
-      if (a.zero && at >= n && at < n + rows) std::memset(dmemory + at * a.W, 0, (size_t)a.W * sizeof(T));
+      copy(dmemory + n * a.W, from, rows * a.W);
+      if (a.zero && at >= n && at < n + rows) clear(dmemory + at * a.W, a.W);
     }
     narrow_rows((T*)a.dword + b * a.H * a.W, dword, a.H, a.W, Wp);
     for (int64_t h = 0; h < a.H; h++) {

@@ -119,7 +119,7 @@ template <class T> struct Step {
       if (a.Hw > 0)
         erase_add_backward(
             dm, g, m, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp, dww + n, Np, d.erase, d.add, scratch);
-      else if (g != dm) std::memcpy(dm, g, (size_t)(rows * a.W) * sizeof(C));
+      else if (g != dm) copy(dm, g, rows * a.W);
       if (reading && !a.write_first) scatter(dm, a.W, dm, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
     }
 

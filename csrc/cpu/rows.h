@@ -279,8 +279,8 @@ template <class C>
 inline void scatter(C* out, int64_t ldo, const C* base, int64_t ldb, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda) {
   if (H == 0 && out != base) {
     for (int64_t n = 0; n < rows; n++)
-      if (base) std::memcpy(out + n * ldo, base + n * ldb, (size_t)W * sizeof(C));
-      else std::memset(out + n * ldo, 0, (size_t)W * sizeof(C));
+      if (base) copy(out + n * ldo, base + n * ldb, W);
+      else clear(out + n * ldo, W);
   }
   for (int64_t h = 0; h < H;) {
     const int64_t left = H - h;

@@ -26,14 +26,13 @@ template <class T> void backward(const UsageArgs& a, int64_t begin, int64_t end)
   typedef Acc<T> C;
   C* row;
   Arena arena([&](Arena& x) { x.take(row, a.N); });
-  const size_t bytes = (size_t)a.N * sizeof(T);
   for (int64_t b = begin; b < end; b++) {
     const T* grad = (const T*)a.grad + b * a.N;
     widen(row, grad, a.N);
     for (int64_t n = 0; n < a.N; n++) row[n] *= (C)a.decay;
     narrow((T*)a.dusage + b * a.N, row, a.N);
-    for (int64_t h = 0; h < a.Hr; h++) std::memcpy((T*)a.dreads + (b * a.Hr + h) * a.N, grad, bytes);
-    for (int64_t h = 0; h < a.Hw; h++) std::memcpy((T*)a.dwrites + (b * a.Hw + h) * a.N, grad, bytes);
+    for (int64_t h = 0; h < a.Hr; h++) copy((T*)a.dreads + (b * a.Hr + h) * a.N, grad, a.N);
+    for (int64_t h = 0; h < a.Hw; h++) copy((T*)a.dwrites + (b * a.Hw + h) * a.N, grad, a.N);
   }
 }
 

@@ -250,6 +250,9 @@ MC_INLINE f16 to_f16(float f) {
 template <class C> MC_INLINE void copy(C* to, const C* from, int64_t n) {
   if (n > 0) std::memcpy(to, from, (size_t)n * sizeof(C));
 }
+template <class T> MC_INLINE void clear(T* to, int64_t n) {
+  if (n > 0) std::memset((void*)to, 0, (size_t)n * sizeof(T));
+}
 MC_INLINE void widen(float* to, const float* from, int64_t n) { copy(to, from, n); }
 MC_INLINE void widen(double* to, const double* from, int64_t n) { copy(to, from, n); }
 template <class T> MC_INLINE void widen(float* to, const T* from, int64_t n) {
