@@ -10,8 +10,9 @@ MEMCORE_SANITIZE      e.g. address,undefined: instrumented, in a build folder of
 CXX, CXXFLAGS, MAX_JOBS as usual.
 
 Sources are found by pattern: `csrc/cpu/<op>_kernel.cpp` (no torch header) is compiled once per instruction set, into
-namespace memcore::MC_ISA; `csrc/cuda/*.cu` (no torch header) by nvcc; every other `csrc/**/*.cpp` once. torch is found, never imported: its stable ABI needs headers
-and libtorch_cpu alone, and one binary serves every torch from TORCH on and every CPython from 3.10 on.
+namespace memcore::MC_ISA; `csrc/cuda/*.cu` (no torch header) by nvcc; every other `csrc/**/*.cpp` once, those of csrc/cuda only
+with nvcc. torch is found, never imported: its stable ABI needs headers and libtorch_cpu alone, and one binary serves every torch
+from TORCH on and every CPython from 3.10 on.
 """
 
 import os

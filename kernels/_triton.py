@@ -322,6 +322,24 @@ def positive_extreme(extreme, gamma, v, ok):
 
 
 @triton.jit
+def unsharpened(
+    p_in, p_prev, p_beta, p_shift, p_work, rows, real, N, S, beta, extreme, share, gate, gamma, BR: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """The rows before sharpening, into p_work for all of the block (None: p_in holds them); their positive extremes [BR]."""
+    top = tl.broadcast_to(extreme_start(gamma)[:, None], [BR, BL])
+    for n0 in range(0, N, BL):
+        n = n0 + tl.arange(0, BL)
+        ok = real[:, None] & (n < N)[None, :]
+        v = shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR, BL)
+        if p_work is not None:
+            tl.store(p_work + rows[:, None] * N + n[None, :], v, mask=ok)
+        top = positive_extreme(top, gamma, v, ok)
+    if p_work is not None:
+        tl.debug_barrier()
+    return extreme_of(gamma, top)
+
+
+@triton.jit
 def address(
     p_in, p_prev, p_beta, p_gate, p_shift, p_gamma, p_work, p_out, p_keep, rows, real, N, S, BR: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
@@ -340,17 +358,8 @@ def address(
             tl.store(p_out + rows[:, None] * N + n[None, :], v.to(p_out.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])
     else:
         gamma = parameter(p_gamma, rows, real)
-        top = tl.broadcast_to(extreme_start(gamma)[:, None], [BR, BL])
-        for n0 in range(0, N, BL):
-            n = n0 + tl.arange(0, BL)
-            ok = real[:, None] & (n < N)[None, :]
-            v = shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR, BL)
-            if p_work is not None:
-                tl.store(p_work + rows[:, None] * N + n[None, :], v, mask=ok)
-            top = positive_extreme(top, gamma, v, ok)
-        top_r = extreme_of(gamma, top)
+        top_r = unsharpened(p_in, p_prev, p_beta, p_shift, p_work, rows, real, N, S, beta, extreme, share, gate, gamma, BR, BL)
         if p_work is not None:
-            tl.debug_barrier()
             p_v = p_work
         else:
             p_v = p_in
@@ -392,17 +401,8 @@ def address_bwd(
         gate = parameter(p_gate, rows, real)
     if p_gamma is not None:
         gamma = parameter(p_gamma, rows, real)
-        top = tl.broadcast_to(extreme_start(gamma)[:, None], [BR, BL])
-        for n0 in range(0, N, BL):
-            n = n0 + tl.arange(0, BL)
-            ok = real[:, None] & (n < N)[None, :]
-            v = shifted(p_in, p_prev, p_beta, p_shift, rows, real, n, N, S, beta, extreme, share, gate, BR, BL)
-            if p_work is not None:
-                tl.store(p_work + rows[:, None] * N + n[None, :], v, mask=ok)
-            top = positive_extreme(top, gamma, v, ok)
-        top_r = extreme_of(gamma, top)
+        top_r = unsharpened(p_in, p_prev, p_beta, p_shift, p_work, rows, real, N, S, beta, extreme, share, gate, gamma, BR, BL)
         if p_work is not None:
-            tl.debug_barrier()
             p_v = p_work
         else:
             p_v = p_in

@@ -107,7 +107,8 @@ class NTMCell(MemoryCell):
         """Xavier uniform weights, biases and first reads 0, drawn memories normal; the heads start focused on slot 0.
 
         A focus is what a shift can move: the first weighting's logit of slot 0 is 8 (others 0, together 4 % at 128 slots) and
-        the gates' biases are -2 (of the read heads: `read_gate_bias`), so that a head keeps 88 % of its last weighting. Copy is then learned in about 2,000 updates;
+        the gates' biases are -2 (of the read heads: `read_gate_bias`), so that a head keeps 88 % of its last weighting. Copy is
+        then learned in about 2,000 updates;
         from scattered weightings and gates of 1/2 the focus dissolves within a few steps and little is learned.
         """
         if hasattr(self.controller, "reset_parameters"):
