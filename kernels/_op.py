@@ -74,6 +74,7 @@ def register(
     fake: Callable[..., Tensor | tuple[Tensor, ...]],
     *,
     outputs: int = 1,
+    saved: int = 0,
     differentiable: Sequence[str] = (),
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Define `memcore::<name>_fwd` and, if anything is differentiable, `memcore::<name>_bwd`.
@@ -84,22 +85,27 @@ def register(
         reference: plain PyTorch on exactly these arguments.
         fake: shape function on exactly these arguments.
         outputs: how many tensors the forward returns.
+        saved: how many more it returns, behind them, for the backward alone; the backward takes them between gradients and inputs. The
+            reference has none of them and leaves them empty.
         differentiable: input names that get a gradient. The backward's schema is (gradients of the outputs, each may
-            be None, then the inputs) -> one gradient for each of these, empty for a None input. Nothing but the inputs is saved.
+            be None, then the inputs) -> one gradient for each of these, empty for a None input. Nothing but the inputs and `saved`
+            is kept.
 
     Returns:
-        A function that calls the operator. Eager autograd takes a short way (`_eager`): the registered formula costs several
+        A function that calls the operator and returns its `outputs`. Eager autograd takes a short way (`_eager`): the registered formula costs several
         layers of Python more on every call, and serves the compiler, export and direct users of torch.ops.memcore.
     """
     args = _parse(inputs)
     diff = [i for i, a in enumerate(args) if a.name in differentiable]
-    returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
+    results = outputs + saved
+    returns = "Tensor" if results == 1 else "(" + ", ".join(["Tensor"] * results) + ")"
     library.define(f"{name}_fwd({inputs}) -> {returns}")
 
     def forward(*xs):
         with torch.no_grad():
             out = tuple(_fresh(y) for y in _tuple(reference(*xs)))
-        return out[0] if outputs == 1 else out
+        out += tuple(out[0].new_empty(0) for _ in range(saved))
+        return out[0] if results == 1 else out
 
     library.impl(f"{name}_fwd", forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memcore::{name}_fwd", fake, lib=library)
@@ -107,7 +113,7 @@ def register(
     if not diff:
         return fwd
 
-    grads = ", ".join(f"Tensor? grad_{i}" for i in range(outputs))
+    grads = ", ".join([f"Tensor? grad_{i}" for i in range(outputs)] + [f"Tensor saved_{i}" for i in range(saved)])
     one = len(diff) == 1
     library.define(f"{name}_bwd({grads}, {inputs}) -> " + ("Tensor" if one else "(" + ", ".join(["Tensor"] * len(diff)) + ")"))
 
@@ -129,7 +135,7 @@ def register(
         return [some.new_empty(0) if xs[i] is None else next(found) for i in diff]
 
     def backward(*flat):
-        gs, xs = flat[:outputs], list(flat[outputs:])
+        gs, xs = flat[:outputs], list(flat[results:])
         tracked = list(xs)
         with _autograd_on(), torch.enable_grad():
             for i in diff:
@@ -139,7 +145,7 @@ def register(
         return out[0] if one else out
 
     def fake_backward(*flat):
-        xs = flat[outputs:]
+        xs = flat[results:]
         some = next(x for x in xs if x is not None)
         out = tuple(some.new_empty(0) if xs[i] is None else some.new_empty(xs[i].shape) for i in diff)
         return out[0] if one else out
@@ -156,31 +162,31 @@ def register(
     tail_grads = (None,) * n_rest
 
     def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:n_tensors])
+        ctx.save_for_backward(*inputs[:n_tensors], *(output[outputs:] if saved else ()))
         ctx.rest = inputs[n_tensors:]
         ctx.set_materialize_grads(False)
 
     def call_backward(ctx, *gs):
-        saved = ctx.saved_tensors
-        found = bwd(*gs, *saved, *ctx.rest)
+        kept = ctx.saved_tensors
+        found = bwd(*gs[:outputs], *kept[n_tensors:], *kept[:n_tensors], *ctx.rest)
         grads = [None] * n_tensors
         for i, g in zip(diff, (found,) if one else found):
-            if saved[i] is not None:
+            if kept[i] is not None:
                 grads[i] = g
         return (*grads, *tail_grads)
 
     torch.library.register_autograd(f"memcore::{name}_fwd", call_backward, setup_context=setup, lib=library)
 
     def setup_bwd(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[: outputs + n_tensors])
-        ctx.rest = inputs[outputs + n_tensors :]
+        ctx.save_for_backward(*inputs[:outputs], *inputs[results : results + n_tensors])
+        ctx.rest = inputs[results + n_tensors :]
         ctx.set_materialize_grads(False)
 
     def backward_of_backward(ctx, *ggs):
         outer = torch.is_grad_enabled()
-        saved = ctx.saved_tensors
-        gs = [_track(g, True) for g in saved[:outputs]]
-        xs = [_track(x, i in diff) for i, x in enumerate(saved[outputs:])]
+        kept = ctx.saved_tensors
+        gs = [_track(g, True) for g in kept[:outputs]]
+        xs = [_track(x, i in diff) for i, x in enumerate(kept[outputs:])]
         with torch.enable_grad():
             found = spread(vjp(gs, [*xs, *ctx.rest], True), xs)
             used = [(f, g) for f, g, i in zip(found, ggs, diff) if g is not None and xs[i] is not None and f.requires_grad]
@@ -199,14 +205,16 @@ def register(
         for i in diff:
             if xs[i] is not None:
                 dx[i] = next(second)
-        return (*result, *dx, *tail_grads)
+        return (*result, *(None,) * saved, *dx, *tail_grads)
 
     torch.library.register_autograd(f"memcore::{name}_bwd", backward_of_backward, setup_context=setup_bwd, lib=library)
     every = len(diff) == n_tensors and all(a.type == "Tensor" for a in args[:n_tensors])
-    return _eager(name, fwd, bwd, n_tensors, n_rest, diff, every)
+    return _eager(name, fwd, bwd, n_tensors, n_rest, outputs if saved else None, diff, every)
 
 
-def _eager(name: str, fwd: Callable, bwd: Callable, n_tensors: int, n_rest: int, diff: list[int], every: bool) -> Callable:
+def _eager(
+    name: str, fwd: Callable, bwd: Callable, n_tensors: int, n_rest: int, outputs: int | None, diff: list[int], every: bool
+) -> Callable:
     """Calls `fwd`; where a gradient is wanted outside the compiler, through an autograd.Function around the bare kernels."""
     below_autograd = torch._C._AutoDispatchBelowAutograd
     tail = (None,) * n_rest
@@ -216,10 +224,16 @@ def _eager(name: str, fwd: Callable, bwd: Callable, n_tensors: int, n_rest: int,
         ctx.rest = args[n_tensors:]
         ctx.set_materialize_grads(False)
         with below_autograd():
-            return fwd(*args)
+            out = fwd(*args)
+        if outputs is None:
+            return out
+        ctx.save_for_backward(*args[:n_tensors], *out[outputs:])
+        return out[:outputs]
 
     def backward(ctx, *gs):
         saved = ctx.saved_tensors
+        if outputs is not None:
+            gs, saved = (*gs, *saved[n_tensors:]), saved[:n_tensors]
         if torch.is_grad_enabled():  # a second derivative is wanted
             found = bwd(*gs, *saved, *ctx.rest)
         else:
@@ -240,12 +254,12 @@ def _eager(name: str, fwd: Callable, bwd: Callable, n_tensors: int, n_rest: int,
 
     def call(*args):
         if torch.compiler.is_compiling():
-            return fwd(*args)
+            return fwd(*args)[:outputs] if outputs is not None else fwd(*args)
         if torch.is_grad_enabled():
             for t in args[:n_tensors]:
                 if t is not None and t.requires_grad:
                     return apply(*args)
         with below_autograd():
-            return fwd(*args)
+            return fwd(*args)[:outputs] if outputs is not None else fwd(*args)
 
     return call

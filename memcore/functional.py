@@ -7,6 +7,7 @@ from .kernels.interpolate import interpolate
 from .kernels.least_used import least_used
 from .kernels.lrua_write import lrua_write
 from .kernels.ntm_addressing import ntm_addressing
+from .kernels.ntm_sequence import NTMParameters, NTMSequence, ntm_sequence
 from .kernels.ntm_step import NTMStep, ntm_step
 from .kernels.read import read
 from .kernels.sharpen import sharpen
@@ -15,6 +16,8 @@ from .kernels.usage_update import usage_update
 
 __all__ = [
     "Interface",
+    "NTMParameters",
+    "NTMSequence",
     "NTMStep",
     "circular_shift",
     "content_addressing",
@@ -24,6 +27,7 @@ __all__ = [
     "least_used",
     "lrua_write",
     "ntm_addressing",
+    "ntm_sequence",
     "ntm_step",
     "read",
     "sharpen",

@@ -106,16 +106,8 @@ template <class C> struct Similarity {
     a.take(norm2, Np);
   }
 
-  // key is in place; block is scratch.
-  template <class T> void forward(const T* memory, const bool* mask, C* block) {
-    const int64_t step = block_rows<C>(W);
-    for (int64_t n = 0; n < N; n += step) {
-      const int64_t rows = N - n < step ? N - n : step;
-      dots(block_of(memory, n, rows, W, mask, block), W, rows, W, key, Wp, H, sim + n, Np, cosine ? norm2 + n : nullptr);
-    }
-    for (int64_t h = 0; h < H; h++) fill(sim + h * Np + N, Np - N, (C)0);
-    if (!cosine) return;
-    fill(norm2 + N, Np - N, (C)0);
+  // ik and im from the key and norm2.
+  void invert_norms() {
     constexpr int L = Lanes<C>::n;
     for (int64_t n = 0; n < Np; n += L) {
       const Vec<C> q = load(norm2 + n);
@@ -127,6 +119,22 @@ template <class C> struct Similarity {
       C k2 = 0;
       for (int64_t w = 0; w < W; w++) k2 += key[h * Wp + w] * key[h * Wp + w];
       ik[h] = inverse_norm(k2);
+    }
+  }
+
+  // key is in place; block is scratch.
+  template <class T> void forward(const T* memory, const bool* mask, C* block) {
+    const int64_t step = block_rows<C>(W);
+    for (int64_t n = 0; n < N; n += step) {
+      const int64_t rows = N - n < step ? N - n : step;
+      dots(block_of(memory, n, rows, W, mask, block), W, rows, W, key, Wp, H, sim + n, Np, cosine ? norm2 + n : nullptr);
+    }
+    for (int64_t h = 0; h < H; h++) fill(sim + h * Np + N, Np - N, (C)0);
+    if (!cosine) return;
+    fill(norm2 + N, Np - N, (C)0);
+    invert_norms();
+    constexpr int L = Lanes<C>::n;
+    for (int64_t h = 0; h < H; h++) {
       C* s = sim + h * Np;
       if (ik[h] == 0) fill(s, Np, (C)0);
       else
@@ -363,8 +371,12 @@ template <class C> struct Addressing {
   }
   // Keys, parameters and previous are in place.
   template <bool BACKWARD, class T> void forward(const T* memory, C* block) {
-    constexpr int L = Lanes<C>::n;
     similar.forward(memory, nullptr, block);
+    weigh<BACKWARD>();
+  }
+  // From the similarities on.
+  template <bool BACKWARD> void weigh() {
+    constexpr int L = Lanes<C>::n;
     const int64_t N = similar.N, Np = similar.Np;
     if (N == 0) return;
     for (int64_t h = 0; h < similar.H; h++) {

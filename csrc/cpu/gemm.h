@@ -1,0 +1,183 @@
+// Small matrix products for controllers: few rows (a group of the batch) times weights packed once a call.
+#pragma once
+
+#include "addressing.h"
+
+namespace memcore {
+namespace MC_ISA {
+
+// Register tiles: kTileRows rows by kTileVectors vectors.
+constexpr int kTileRows = kBytes == 64 ? 8 : 4, kTileVectors = 3;
+
+// A matrix [K, N] as panels of kTileVectors vectors of columns, each panel contiguous; columns padded with zeros.
+template <class C> struct Packed {
+  static constexpr int L = Lanes<C>::n, P = kTileVectors * L;
+  int64_t K, N, Np;
+  C* data;
+
+  template <class A> void layout(A& a, int64_t K_, int64_t N_) {
+    K = K_, N = N_, Np = padded<C>(N_);
+    a.take(data, K * Np);
+  }
+  // Columns of the panel that begins at column n, and where it lies.
+  MC_INLINE int64_t width(int64_t n) const { return Np - n < P ? Np - n : P; }
+  MC_INLINE C* panel(int64_t n) const { return data + n * K; }
+  MC_INLINE void set(int64_t k, int64_t n, C x) {
+    const int64_t first = n / P * P;
+    panel(first)[k * width(first) + n - first] = x;
+  }
+  // From `rows` rows of [rows, N] at row k0 of this matrix.
+  void pack(const C* from, int64_t k0, int64_t rows) {
+    for (int64_t n = 0; n < Np; n += P) {
+      const int64_t w = width(n), real = N - n < w ? N - n : w;
+      C* to = panel(n) + k0 * w;
+      for (int64_t k = 0; k < rows; k++, to += w) {
+        copy(to, from + k * N + n, real);
+        for (int64_t i = real; i < w; i++) to[i] = 0;
+      }
+    }
+  }
+  // The transpose of [N, K].
+  void pack_transposed(const C* from) {
+    for (int64_t n = 0; n < Np; n += P) {
+      const int64_t w = width(n);
+      C* to = panel(n);
+      for (int64_t k = 0; k < K; k++, to += w)
+        for (int64_t i = 0; i < w; i++) to[i] = n + i < N ? from[(n + i) * K + k] : 0;
+    }
+  }
+};
+
+// c [R, NV vectors] = start + a [R, K] b, `start` being one row for all (null: zero), or c itself with ADD. Few rows go U steps of k at
+// a time in sums of their own, which hides the latency of the adders.
+template <int R, int NV, int U, bool ADD, class C>
+MC_INLINE void tile_product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, const C* b, int64_t K) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[U][R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) {
+      acc[0][r][j] = ADD ? load(c + r * ldc + j * L) : start ? load(start + j * L) : Vec<C>{};
+#pragma GCC unroll 4
+      for (int u = 1; u < U; u++) acc[u][r][j] = Vec<C>{};
+    }
+  const auto step = [&](int64_t k, Vec<C>(*to)[NV]) __attribute__((always_inline)) {
+    Vec<C> row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) row[j] = load(b + (k * NV + j) * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Vec<C> x = splat(a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) to[r][j] += x * row[j];
+    }
+  };
+  int64_t k = 0;
+  for (; k + U <= K; k += U)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) step(k + u, acc[u]);
+  for (; k < K; k++) step(k, acc[0]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) {
+      Vec<C> v = acc[0][r][j];
+#pragma GCC unroll 4
+      for (int u = 1; u < U; u++) v += acc[u][r][j];
+      store(c + r * ldc + j * L, v);
+    }
+}
+
+template <int R, bool ADD, class C>
+MC_INLINE void rows_product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, const Packed<C>& b) {
+  constexpr int L = Lanes<C>::n, U = R <= 2 ? 4 : R <= 4 && kBytes == 64 ? 2 : 1;
+  for (int64_t n = 0; n < b.Np; n += b.P) {
+    const C* s = start ? start + n : nullptr;
+    switch (b.width(n) / L) {
+      case 3: tile_product<R, 3, U, ADD>(c + n, ldc, s, a, lda, b.panel(n), b.K); break;
+      case 2: tile_product<R, 2, U, ADD>(c + n, ldc, s, a, lda, b.panel(n), b.K); break;
+      default: tile_product<R, 1, U, ADD>(c + n, ldc, s, a, lda, b.panel(n), b.K);
+    }
+  }
+}
+
+// c [rows, b.Np] = start + a [rows, b.K] b, or with ADD c += a b; writes whole vectors, so rows of c are padded. A row's sums depend on
+// `rows` in their order, not on its place.
+template <bool ADD, class C> inline void product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, int64_t rows, const Packed<C>& b) {
+  constexpr int T = kTileRows;
+  int64_t r = 0;
+  for (; r + T <= rows; r += T) rows_product<T, ADD>(c + r * ldc, ldc, start, a + r * lda, lda, b);
+  c += r * ldc, a += r * lda;
+  switch (rows - r) {
+    case 1: rows_product<1, ADD>(c, ldc, start, a, lda, b); break;
+    case 2: rows_product<2, ADD>(c, ldc, start, a, lda, b); break;
+    case 3: rows_product<3, ADD>(c, ldc, start, a, lda, b); break;
+    case 4: rows_product<4 < T ? 4 : 1, ADD>(c, ldc, start, a, lda, b); break;
+    case 5: rows_product<5 < T ? 5 : 1, ADD>(c, ldc, start, a, lda, b); break;
+    case 6: rows_product<6 < T ? 6 : 1, ADD>(c, ldc, start, a, lda, b); break;
+    case 7: rows_product<7 < T ? 7 : 1, ADD>(c, ldc, start, a, lda, b); break;
+    default: break;
+  }
+}
+
+// Columns [n, n + NV vectors) and rows [k, k + R) of c [K, N] += a [rows, K]^T d [rows, N]: the gradient of a weight matrix.
+template <int R, int NV, class C>
+MC_INLINE void outer_tile(C* acc_out, const C* a, int64_t lda, const C* d, int64_t ldd, int64_t rows) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) acc[r][j] = Vec<C>{};
+  for (int64_t i = 0; i < rows; i++) {
+    Vec<C> row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) row[j] = load(d + i * ldd + j * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Vec<C> x = splat(a[i * lda + r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[r][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) store(acc_out + (r * NV + j) * L, load(acc_out + (r * NV + j) * L) + acc[r][j]);
+}
+
+// `real` columns (a panel at most) of c [K, ..] (rows ldc apart) = a [rows, K]^T d [rows, ..], and of `bias`, the sums of d's columns; d's
+// rows are padded to whole vectors. Rows go in blocks that stay in the second cache; the order of the sums depends on nothing else.
+// scratch: K + 1 panel rows.
+template <class C>
+inline void outer_panel(C* c, C* bias, int64_t K, int64_t ldc, int64_t real, const C* a, int64_t lda, const C* d, int64_t ldd, int64_t rows, C* scratch) {
+  constexpr int L = Lanes<C>::n, T = kTileRows, block = 512;
+  const int64_t w = padded<C>(real);
+  const int vectors = (int)(w / L);
+  C* total = scratch + K * w;
+  fill(scratch, (K + 1) * w, (C)0);
+  for (int64_t i = 0; i < rows; i += block) {
+    const int64_t m = rows - i < block ? rows - i : block;
+    const C* di = d + i * ldd;
+    for (int64_t r = 0; r < m; r++)
+      for (int64_t j = 0; j < w; j += L) store(total + j, load(total + j) + load(di + r * ldd + j));
+    const C* ai = a + i * lda;
+    int64_t k = 0;
+    for (; k + T <= K; k += T) {
+      if (vectors == 3) outer_tile<T, 3>(scratch + k * w, ai + k, lda, di, ldd, m);
+      else if (vectors == 2) outer_tile<T, 2>(scratch + k * w, ai + k, lda, di, ldd, m);
+      else outer_tile<T, 1>(scratch + k * w, ai + k, lda, di, ldd, m);
+    }
+    for (; k < K; k++) {
+      if (vectors == 3) outer_tile<1, 3>(scratch + k * w, ai + k, lda, di, ldd, m);
+      else if (vectors == 2) outer_tile<1, 2>(scratch + k * w, ai + k, lda, di, ldd, m);
+      else outer_tile<1, 1>(scratch + k * w, ai + k, lda, di, ldd, m);
+    }
+  }
+  for (int64_t k = 0; k < K; k++) copy(c + k * ldc, scratch + k * w, real);
+  copy(bias, total, real);
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore

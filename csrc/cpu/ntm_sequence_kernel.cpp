@@ -1,0 +1,525 @@
+// The recurrence of an NTM for groups of batch elements. Within a group time is outermost: the controller's layers are matrix products of
+// the group's rows, the memory work goes element by element, and a group is small enough that its memories stay in the caches.
+//
+// The forward leaves, for each step, what the backward would otherwise have to compute again (inputs and activations of the controller,
+// interface, similarities, squared norms, weights) and a copy of the memory every few steps, from which the backward rebuilds the others.
+#include "ntm_sequence.h"
+
+#include "gemm.h"
+#include "interface.h"
+
+namespace memcore {
+namespace MC_ISA {
+namespace {
+
+// tanh to a few units in the last place: Moshier's odd polynomial (Cephes) near 0, (1 - e^-2|x|) / (1 + e^-2|x|) beyond.
+MC_INLINE Vec<float> tanh_of(Vec<float> x) {
+  const Vec<float> size = x < 0 ? -x : x, e = exp_negative(-2 * size), far = (1 - e) / (1 + e), z = x * x;
+  const Vec<float> p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z - 3.33332819422e-1f;
+  return size < 0.625f ? x + x * z * p : x < 0 ? -far : far;
+}
+MC_INLINE Vec<double> tanh_of(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
+// The flat parameters: for each layer weight [D, G] and bias [G]; interface weight [I, K] and bias; output weight [O, K + F] and bias.
+template <class P> struct Parameters {
+  P *weight[9], *bias[9], *interface, *interface_bias, *output, *output_bias;
+  Parameters(const SequenceArgs& a, P* at) {
+    const auto take = [&](int64_t n) {
+      P* begin = at;
+      at += n;
+      return begin;
+    };
+    for (int64_t l = 0; l < a.layers; l++) weight[l] = take(a.D(l) * a.G()), bias[l] = take(a.G());
+    interface = take(a.I() * a.K), interface_bias = take(a.I());
+    output = take(a.O * (a.K + a.F())), output_bias = take(a.O);
+  }
+};
+
+// Lays arrays over memory that is there already.
+struct Cursor {
+  char* at;
+  int64_t used = 0;
+  template <class C> void take(C*& p, int64_t n) {
+    p = (C*)(at + used);
+    used += round_up((n > 0 ? n : 1) * (int64_t)sizeof(C), 64);
+  }
+};
+
+// Weights as the products of one direction want them, biases padded.
+template <class C> struct Weights {
+  Packed<C> layer[9], interface, output;
+  C *bias[9], *interface_bias, *output_bias;
+
+  template <class A> void layout(A& at, const SequenceArgs& a, bool backward) {
+    for (int64_t l = 0; l < a.layers; l++) {
+      if (backward) layer[l].layout(at, a.G(), a.D(l));
+      else layer[l].layout(at, a.D(l), a.G()), at.take(bias[l], up16(a.G()));
+    }
+    const int64_t K = a.K, F = a.F(), I = a.I(), O = a.O;
+    if (backward) interface.layout(at, I, K), output.layout(at, O, K + F);
+    else interface.layout(at, K, I), output.layout(at, K + F, O), at.take(interface_bias, up16(I)), at.take(output_bias, up16(O));
+  }
+  void fill_in(const SequenceArgs& a, bool backward) {
+    const Parameters<const C> p(a, (const C*)a.parameters);
+    const auto pad = [](C* to, const C* from, int64_t n) {
+      copy(to, from, n);
+      fill(to + n, up16(n) - n, (C)0);
+    };
+    for (int64_t l = 0; l < a.layers; l++) {
+      if (backward) layer[l].pack_transposed(p.weight[l]);
+      else layer[l].pack(p.weight[l], 0, a.D(l)), pad(bias[l], p.bias[l], a.G());
+    }
+    if (backward) interface.pack(p.interface, 0, a.I()), output.pack(p.output, 0, a.O);
+    else interface.pack_transposed(p.interface), output.pack_transposed(p.output), pad(interface_bias, p.interface_bias, a.I()), pad(output_bias, p.output_bias, a.O);
+  }
+};
+
+template <class C> struct Sequence {
+  static constexpr int L = Lanes<C>::n;
+
+  const SequenceArgs& a;
+  const SavedLayout saved;
+  const DeltaLayout deltas;
+  Weights<C> weights;
+  const InterfaceLayout l;
+  const int64_t H, I, K, F, G, M, S16, group;
+  Addressing<C> s;
+  Pieces<C> p, d;
+  int64_t Np, Wp, rows_step;
+  bool fused;
+  C *x, *reads, *block, *first, *hidden, *cell, *feedback, *output;
+  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt;
+
+  Sequence(const SequenceArgs& args, bool backward)
+      : a(args), saved(args), deltas(args), l{args.R, args.Hw, args.W, args.range}, H(args.H()), I(args.I()), K(args.K), F(args.F()), G(args.G()),
+        M(args.N * args.W), S16(args.states()), group(args.group()) {
+    s.sizes(H, a.N, a.W, a.range);
+    Np = s.similar.Np, Wp = s.similar.Wp, rows_step = block_rows<C>(a.W);
+    fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kFusedReads;
+    Cursor at{(char*)a.packed};
+    weights.layout(at, a, backward);
+  }
+  void layout(Arena& arena, bool backward) {
+    s.layout(arena);
+    p.layout(arena, l);
+    p.key = s.similar.key, p.strength = s.beta, p.gate = s.gate, p.shift = s.shift, p.gamma = s.gamma;
+    arena.take(x, up16(I)), arena.take(reads, a.R * Wp), arena.take(block, rows_step * a.W);
+    arena.take(first, group * H * Np);
+    if (!backward) {
+      arena.take(hidden, a.layers * group * K), arena.take(cell, a.layers * group * K);
+      arena.take(feedback, group * F), arena.take(output, group * up16(a.O));
+      return;
+    }
+    d.layout(arena, l);
+    arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
+    arena.take(dreads, a.R * Wp), arena.take(found, a.R * rows_step), arena.take(scratch, (2 * a.Hw + 1) * L);
+    arena.take(carried, group * H * Np), arena.take(dh, a.layers * group * up16(K)), arena.take(dcell, a.layers * group * K);
+    arena.take(dfeedback, group * F), arena.take(dfeatures, group * up16(K + F));
+    int64_t widest = 0;
+    for (int64_t i = 0; i < a.layers; i++) widest = a.D(i) > widest ? a.D(i) : widest;
+    arena.take(dbelow, group * up16(widest));
+    arena.take(rebuilt, (a.every < a.T ? a.every : a.T) * group * M);
+  }
+
+  bool alive(int64_t t, int64_t b) const { return !a.lengths || t < a.lengths[b]; }
+  // Row (t, b) of a kind of saved rows.
+  C* row(int64_t kind, int64_t width, int64_t t, int64_t b) const { return (C*)a.saved + kind + ((a.keep ? t : 0) * a.B + b) * width; }
+  C* inputs(int64_t layer, int64_t t, int64_t b) const { return row(saved.inputs[layer], up16(a.D(layer)), t, b); }
+  C* sums(int64_t layer, int64_t t, int64_t b) const { return row(saved.sums[layer], up16(G), t, b); }
+  C* cells(int64_t layer, int64_t t, int64_t b) const { return row(saved.cells[layer], up16(K), t, b); }
+  C* features(int64_t t, int64_t b) const { return row(saved.features, saved.width_features, t, b); }
+  C* interface(int64_t t, int64_t b) const { return row(saved.interface, saved.width_interface, t, b); }
+  C* slots(int64_t t, int64_t b) const { return row(saved.weights, H * saved.width_slots, t, b); }
+  C* copy_of(int64_t t, int64_t b) const { return (C*)a.saved + saved.copies + (t / a.every * a.B + b) * M; }
+
+  // The weights that step t of element b begins with; `i` is its place in the group.
+  C* previous(int64_t t, int64_t b, int64_t i) const { return t == 0 ? first + i * H * Np : slots(t - 1, b); }
+
+  void point(int64_t t, int64_t b, int64_t i) {
+    s.previous = previous(t, b, i);
+    s.weights = slots(t, b);
+    s.similar.sim = row(saved.similar, H * saved.width_slots, t, b), s.similar.norm2 = row(saved.norms, saved.width_slots, t, b);
+  }
+  void clamped(const C* raw) {
+    copy(x, raw, I);
+    if (a.clip > 0)
+      for (int64_t i = 0; i < I; i++) x[i] = x[i] > (C)a.clip ? (C)a.clip : x[i] < -(C)a.clip ? -(C)a.clip : x[i];
+  }
+
+  // ---- forward ----
+
+  void step(int64_t t, int64_t b, int64_t i, C* m, C* to) {
+    clamped(interface(t, b));
+    activate(p, x, l);
+    point(t, b, i);
+    s.template forward<false>(m, block);
+    fill(reads, a.R * Wp, (C)0);
+    for (int64_t n = 0; n < a.N; n += rows_step) {
+      const int64_t rows = a.N - n < rows_step ? a.N - n : rows_step;
+      C* at = m + n * a.W;
+      const C *wr = s.weights + n, *ww = s.weights + a.R * Np + n;
+      if (fused) {
+        write_read(at, at, rows, a.W, ww, p.erase, p.add, wr, Np, a.R, reads, Wp);
+        continue;
+      }
+      if (!a.write_first) gather(at, a.W, rows, a.W, wr, Np, a.R, reads, Wp);
+      if (a.Hw > 0) erase_add(at, a.W, at, a.W, rows, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
+      if (a.write_first) gather(at, a.W, rows, a.W, wr, Np, a.R, reads, Wp);
+    }
+    narrow_rows(to, reads, a.R, a.W, Wp);
+  }
+
+  // One row of a layer: activations in place of the sums; the cell and the output. `last` is the cell before.
+  MC_INLINE void activate_layer(C* z, const C* last, C* c, C* h) const {
+    for (int64_t k = 0; k < K; k += L) {
+      const int n = K - k < L ? (int)(K - k) : L;
+      if (!a.lstm) {
+        const Vec<C> y = tanh_of(load_n(z + k, n));
+        store_n(z + k, y, n), store_n(h + k, y, n);
+        continue;
+      }
+      const Vec<C> enter = sigmoid(load_n(z + k, n)), keep = sigmoid(load_n(z + K + k, n)), out = sigmoid(load_n(z + 2 * K + k, n));
+      const Vec<C> now = tanh_of(load_n(z + 3 * K + k, n)), v = keep * load_n(last + k, n) + enter * now;
+      store_n(z + k, enter, n), store_n(z + K + k, keep, n), store_n(z + 2 * K + k, out, n), store_n(z + 3 * K + k, now, n);
+      store_n(c + k, v, n);
+      store_n(h + k, out * tanh_of(v), n);
+    }
+  }
+
+  void forward(int64_t b0, int64_t count) {
+    const C* state = (const C*)a.state;
+    C* memory = (C*)a.memory_out;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t b = b0 + i;
+      copy(memory + b * M, (const C*)a.memory + b * M, M);
+      widen_rows(first + i * H * Np, (const C*)a.weights + b * H * a.N, H, a.N, Np);
+      copy(feedback + i * F, (const C*)a.reads + b * F, F);
+      for (int64_t j = 0; a.lstm && j < a.layers; j++)
+        copy(hidden + (j * group + i) * K, state + (2 * j * a.B + b) * K, K), copy(cell + (j * group + i) * K, state + ((2 * j + 1) * a.B + b) * K, K);
+    }
+    for (int64_t t = 0; t < a.T; t++) {
+      for (int64_t j = 0; j < a.layers; j++) {
+        for (int64_t i = 0; i < count; i++) {
+          C* to = inputs(j, t, b0 + i);
+          if (!alive(t, b0 + i)) {
+            fill(to, a.D(j), (C)0);
+            continue;
+          }
+          if (j == 0) copy(to, (const C*)a.input + (t * a.B + b0 + i) * a.X, a.X), to += a.X;
+          if (a.lstm) copy(to, hidden + (j * group + i) * K, K), to += K;
+          if (j == 0) copy(to, feedback + i * F, F);
+          else copy(to, hidden + ((j - 1) * group + i) * K, K);
+        }
+        product<false>(sums(j, t, b0), up16(G), weights.bias[j], inputs(j, t, b0), up16(a.D(j)), count, weights.layer[j]);
+        for (int64_t i = 0; i < count; i++) {
+          if (!alive(t, b0 + i)) continue;
+          C *h = hidden + (j * group + i) * K, *c = cell + (j * group + i) * K;
+          activate_layer(sums(j, t, b0 + i), c, c, h);
+          if (a.lstm) copy(cells(j, t, b0 + i), c, K);
+        }
+      }
+      for (int64_t i = 0; i < count; i++) {
+        C* to = features(t, b0 + i);
+        if (alive(t, b0 + i)) copy(to, hidden + ((a.layers - 1) * group + i) * K, K);
+        else fill(to, K + F, (C)0);
+      }
+      product<false>(interface(t, b0), saved.width_interface, weights.interface_bias, features(t, b0), saved.width_features, count, weights.interface);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t b = b0 + i;
+        if (!alive(t, b)) continue;
+        if (a.keep && t % a.every == 0) copy(copy_of(t, b), memory + b * M, M);
+        step(t, b, i, memory + b * M, features(t, b) + K);
+        copy(feedback + i * F, features(t, b) + K, F);
+      }
+      product<false>(output, up16(a.O), weights.output_bias, features(t, b0), saved.width_features, count, weights.output);
+      for (int64_t i = 0; i < count; i++) {
+        C* to = (C*)a.output + (t * a.B + b0 + i) * a.O;
+        if (alive(t, b0 + i)) copy(to, output + i * up16(a.O), a.O);
+        else fill(to, a.O, (C)0);
+      }
+    }
+    C* after = (C*)a.state_out;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t b = b0 + i, steps = a.lengths ? a.lengths[b] : a.T;
+      narrow_rows((C*)a.weights_out + b * H * a.N, previous(steps, b, i), H, a.N, Np);
+      copy((C*)a.reads_out + b * F, feedback + i * F, F);
+      for (int64_t j = 0; a.lstm && j < a.layers; j++)
+        copy(after + (2 * j * a.B + b) * K, hidden + (j * group + i) * K, K), copy(after + ((2 * j + 1) * a.B + b) * K, cell + (j * group + i) * K, K);
+    }
+  }
+
+  // ---- backward ----
+
+  // From the gradients of step t's reads (in `dreads`), weights (carried) and written memory (g) to those of its interface (dx), of the
+  // weights before (carried) and of the memory m that came in (g).
+  void step_backward(int64_t t, int64_t b, int64_t i, const C* m, C* g, C* dx) {
+    const C* raw = interface(t, b);
+    clamped(raw);
+    activate(p, x, l);
+    point(t, b, i);
+    s.similar.invert_norms();
+    s.template weigh<true>();
+    C* dweights = carried + i * H * Np;
+    fill(d.erase, a.Hw * Wp, (C)0), fill(d.add, a.Hw * Wp, (C)0), fill(d.key, H * Wp, (C)0);
+    const C *wr = s.weights, *ww = s.weights + a.R * Np;
+    C *dwr = dweights, *dww = dweights + a.R * Np;
+    for (int64_t n = 0; n < a.N; n += rows_step) {
+      const int64_t rows = a.N - n < rows_step ? a.N - n : rows_step;
+      const C* mn = m + n * a.W;
+      C* gn = g + n * a.W;
+      if (fused) {
+        write_read_backward(gn, gn, mn, rows, a.W, ww + n, p.erase, p.add, wr + n, Np, a.R, dreads, Wp, dwr + n, dww + n, d.erase, d.add);
+        continue;
+      }
+      if (a.R > 0) {
+        const C* seen = mn;
+        if (a.write_first && a.Hw > 0) {
+          erase_add(block, a.W, mn, a.W, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp);
+          seen = block;
+        }
+        dots(seen, a.W, rows, a.W, dreads, Wp, a.R, found, rows_step, (C*)nullptr);
+        for (int64_t r = 0; r < a.R; r++)
+          for (int64_t j = 0; j < rows; j++) dwr[r * Np + n + j] += found[r * rows_step + j];
+        if (a.write_first) scatter(gn, a.W, gn, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
+      }
+      if (a.Hw > 0)
+        erase_add_backward(gn, gn, mn, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp, dww + n, Np, d.erase, d.add, scratch);
+      if (a.R > 0 && !a.write_first) scatter(gn, a.W, gn, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
+    }
+    s.backward(dweights, d.strength, d.gate, d.shift, d.gamma, dprevious);
+    s.similar.backward(dweights, own, key_own);
+    for (int64_t n = 0; n < a.N; n += rows_step) {
+      const int64_t rows = a.N - n < rows_step ? a.N - n : rows_step;
+      similarity_rows<C>(s.similar, m + n * a.W, n, rows, g + n * a.W, g + n * a.W, dweights, own, d.key);
+    }
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t w = 0; w < a.W; w++) d.key[h * Wp + w] -= key_own[h] * p.key[h * Wp + w];
+    activate_backward(dx, x, p, d, l);
+    if (a.clip > 0)
+      for (int64_t j = 0; j < I; j++) dx[j] = raw[j] > (C)a.clip || raw[j] < -(C)a.clip ? 0 : dx[j];
+    copy(dweights, dprevious, H * Np);
+  }
+
+  // Gradient of a layer's sums from those of its output and cell; dc becomes that of the cell before.
+  MC_INLINE void layer_backward(C* dz, const C* z, const C* last, const C* c, const C* dh, C* dc) const {
+    for (int64_t k = 0; k < K; k += L) {
+      const int n = K - k < L ? (int)(K - k) : L;
+      const Vec<C> g = load_n(dh + k, n);
+      if (!a.lstm) {
+        const Vec<C> y = load_n(z + k, n);
+        store_n(dz + k, g * (1 - y * y), n);
+        continue;
+      }
+      const Vec<C> enter = load_n(z + k, n), keep = load_n(z + K + k, n), out = load_n(z + 2 * K + k, n), now = load_n(z + 3 * K + k, n);
+      const Vec<C> y = tanh_of(load_n(c + k, n)), gc = load_n(dc + k, n) + g * out * (1 - y * y);
+      store_n(dz + k, gc * now * enter * (1 - enter), n);
+      store_n(dz + K + k, gc * load_n(last + k, n) * keep * (1 - keep), n);
+      store_n(dz + 2 * K + k, g * y * out * (1 - out), n);
+      store_n(dz + 3 * K + k, gc * enter * (1 - now * now), n);
+      store_n(dc + k, gc * keep, n);
+    }
+  }
+
+  // The memories before the steps t0 .. t1 - 1 of the group, from the copy at t0.
+  C* rebuilt_at(int64_t t, int64_t i) const { return rebuilt + (t % a.every * group + i) * M; }
+  void rebuild(int64_t t0, int64_t t1, int64_t b0, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t b = b0 + i;
+      if (!alive(t0, b)) continue;
+      copy(rebuilt_at(t0, i), copy_of(t0, b), M);
+      for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) {
+        const C *from = rebuilt_at(t - 1, i), *ww = slots(t - 1, b) + a.R * Np;
+        C* to = rebuilt_at(t, i);
+        if (a.Hw == 0) {
+          copy(to, from, M);
+          continue;
+        }
+        clamped(interface(t - 1, b));
+        for (int64_t h = 0; h < a.Hw; h++)
+          for (int64_t w = 0; w < Wp; w += L) {
+            const int part = a.W - w < L ? (int)(a.W - w) : L;
+            store(p.erase + h * Wp + w, MC_ISA::first<C>(sigmoid(load_n(x + l.erase(h) + w, part)), part));
+            store(p.add + h * Wp + w, load_n(x + l.add(h) + w, part));
+          }
+        for (int64_t n = 0; n < a.N; n += rows_step)
+          erase_add(
+              to + n * a.W, a.W, from + n * a.W, a.W, a.N - n < rows_step ? a.N - n : rows_step, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp);
+      }
+    }
+  }
+
+  void backward(int64_t b0, int64_t count) {
+    const int64_t Kp = up16(K), Gp = up16(G), Ip = up16(I), Op = up16(a.O), Qp = up16(K + F);
+    C* dmemory = (C*)a.dmemory;
+    const C *state = (const C*)a.state, *gstate = (const C*)a.grad_state;
+    const auto start = [](C* to, const void* from, int64_t at, int64_t n) {
+      if (from) copy(to, (const C*)from + at, n);
+      else fill(to, n, (C)0);
+    };
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t b = b0 + i;
+      start(dmemory + b * M, a.grad_memory, b * M, M);
+      if (a.grad_weights) widen_rows(carried + i * H * Np, (const C*)a.grad_weights + b * H * a.N, H, a.N, Np);
+      else fill(carried + i * H * Np, H * Np, (C)0);
+      widen_rows(first + i * H * Np, (const C*)a.weights + b * H * a.N, H, a.N, Np);
+      start(dfeedback + i * F, a.grad_reads, b * F, F);
+      for (int64_t j = 0; j < a.layers; j++) {
+        start(dh + (j * group + i) * Kp, a.lstm ? gstate : nullptr, (2 * j * a.B + b) * K, K);
+        start(dcell + (j * group + i) * K, a.lstm ? gstate : nullptr, ((2 * j + 1) * a.B + b) * K, K);
+      }
+    }
+    for (int64_t t = a.T - 1; t >= 0; t--) {
+      if (t == a.T - 1 || t % a.every == a.every - 1) rebuild(t / a.every * a.every, t + 1, b0, count);
+      C *dy = delta(deltas.output, Op, t, b0), *dx = delta(deltas.interface, Ip, t, b0);
+      for (int64_t i = 0; i < count; i++) {
+        const bool is = alive(t, b0 + i);
+        start(dy + i * Op, is ? a.grad_output : nullptr, (t * a.B + b0 + i) * a.O, a.O);
+        fill(dy + i * Op + a.O, Op - a.O, (C)0);
+      }
+      product<false>(dfeatures, Qp, (const C*)nullptr, dy, Op, count, weights.output);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t b = b0 + i;
+        fill(dx + i * Ip, Ip, (C)0);
+        if (!alive(t, b)) continue;
+        const C* df = dfeatures + i * Qp;
+        C *top = dh + ((a.layers - 1) * group + i) * Kp, *dr = dfeedback + i * F;
+        for (int64_t k = 0; k < K; k++) top[k] += df[k];
+        for (int64_t k = 0; k < F; k++) dr[k] += df[K + k];
+        widen_rows(dreads, dr, a.R, a.W, Wp);
+        step_backward(t, b, i, rebuilt_at(t, i), dmemory + b * M, dx + i * Ip);
+      }
+      product<true>(dh + (a.layers - 1) * group * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
+      for (int64_t j = a.layers - 1; j >= 0; j--) {
+        C* dz = delta(deltas.sums[j], Gp, t, b0);
+        const int64_t Dp = up16(a.D(j));
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t b = b0 + i;
+          if (!alive(t, b)) {
+            fill(dz + i * Gp, Gp, (C)0);
+            continue;
+          }
+          const C* last = !a.lstm ? nullptr : t > 0 ? cells(j, t - 1, b) : state + ((2 * j + 1) * a.B + b) * K;
+          layer_backward(dz + i * Gp, sums(j, t, b), last, cells(j, t, b), dh + (j * group + i) * Kp, dcell + (j * group + i) * K);
+          fill(dz + i * Gp + G, Gp - G, (C)0);
+        }
+        product<false>(dbelow, Dp, (const C*)nullptr, dz, Gp, count, weights.layer[j]);
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t b = b0 + i;
+          const C* from = dbelow + i * Dp;
+          const bool is = alive(t, b);
+          if (j == 0 && a.dinput) start((C*)a.dinput + (t * a.B + b) * a.X, is ? from : nullptr, 0, a.X);
+          if (!is) continue;
+          if (j == 0) from += a.X;
+          C* h = dh + (j * group + i) * Kp;
+          if (a.lstm) copy(h, from, K), from += K;
+          else fill(h, K, (C)0);
+          if (j == 0) copy(dfeedback + i * F, from, F);
+          else
+            for (int64_t k = 0; k < K; k++) dh[((j - 1) * group + i) * Kp + k] += from[k];
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t b = b0 + i;
+      narrow_rows((C*)a.dweights + b * H * a.N, carried + i * H * Np, H, a.N, Np);
+      copy((C*)a.dreads + b * F, dfeedback + i * F, F);
+      for (int64_t j = 0; a.lstm && j < a.layers; j++)
+        copy((C*)a.dstate + (2 * j * a.B + b) * K, dh + (j * group + i) * Kp, K), copy((C*)a.dstate + ((2 * j + 1) * a.B + b) * K, dcell + (j * group + i) * K, K);
+    }
+  }
+  C* delta(int64_t kind, int64_t width, int64_t t, int64_t b) const { return (C*)a.deltas + kind + (t * a.B + b) * width; }
+};
+
+// A product whose parameters' gradients are wanted: weight [K, N] = in^T deltas, bias = the deltas' sums.
+template <class C> struct Gradient {
+  C *weight, *bias;
+  const C *in, *deltas;
+  int64_t K, N, ldi, ldd;
+  bool transposed;  // the weight is stored as [N, K]
+  int64_t panels() const { return (padded<C>(N) + Packed<C>::P - 1) / Packed<C>::P; }
+};
+template <class C, class F> void gradients(const SequenceArgs& a, F f) {
+  const SavedLayout saved(a);
+  const DeltaLayout deltas(a);
+  const Parameters<C> p(a, (C*)a.dparameters);
+  const C *from = (const C*)a.saved, *d = (const C*)a.deltas;
+  const int64_t Q = a.K + a.F();
+  for (int64_t l = 0; l < a.layers; l++)
+    f(Gradient<C>{p.weight[l], p.bias[l], from + saved.inputs[l], d + deltas.sums[l], a.D(l), a.G(), up16(a.D(l)), up16(a.G()), false});
+  f(Gradient<C>{p.interface, p.interface_bias, from + saved.features, d + deltas.interface, a.K, a.I(), up16(Q), up16(a.I()), true});
+  f(Gradient<C>{p.output, p.output_bias, from + saved.features, d + deltas.output, Q, a.O, up16(Q), up16(a.O), true});
+}
+
+template <class F> MC_INLINE void with_wide(DType dtype, F f) {
+  if (dtype == DType::f64) f(double{});
+  else f(float{});
+}
+
+template <class C> void panel_of(const SequenceArgs& a, int64_t panel) {
+  gradients<C>(a, [&](const Gradient<C>& g) {
+    const int64_t n = panel * Packed<C>::P;
+    if (panel >= 0 && panel < g.panels()) {
+      const int64_t rows = a.T * a.B, w = g.N - n < Packed<C>::P ? g.N - n : Packed<C>::P;
+      C *sums, *found;
+      Arena arena([&](Arena& x) { x.take(sums, (g.K + 1) * Packed<C>::P), x.take(found, g.transposed ? g.K * w : 0); });
+      if (!g.transposed) {
+        outer_panel(g.weight + n, g.bias + n, g.K, g.N, w, g.in, g.ldi, g.deltas + n, g.ldd, rows, sums);
+      } else {
+        outer_panel(found, g.bias + n, g.K, w, w, g.in, g.ldi, g.deltas + n, g.ldd, rows, sums);
+        for (int64_t i = 0; i < w; i++)
+          for (int64_t k = 0; k < g.K; k++) g.weight[(n + i) * g.K + k] = found[k * w + i];
+      }
+    }
+    panel -= g.panels();
+  });
+}
+
+}  // namespace
+
+int64_t ntm_sequence_packed(const SequenceArgs& a, bool backward) {
+  int64_t bytes = 0;
+  with_wide(a.dtype, [&](auto c) {
+    Cursor at{nullptr};
+    Weights<decltype(c)>().layout(at, a, backward);
+    bytes = at.used / (int64_t)sizeof c;
+  });
+  return bytes;
+}
+void ntm_sequence_pack(const SequenceArgs& a, bool backward) {
+  with_wide(a.dtype, [&](auto c) {
+    Cursor at{(char*)a.packed};
+    Weights<decltype(c)> weights;
+    weights.layout(at, a, backward);
+    weights.fill_in(a, backward);
+  });
+}
+void ntm_sequence_fwd(const SequenceArgs& a, int64_t begin, int64_t end) {
+  with_wide(a.dtype, [&](auto c) {
+    Sequence<decltype(c)> s(a, false);
+    Arena arena([&](Arena& x) { s.layout(x, false); });
+    for (int64_t g = begin; g < end; g++) s.forward(g * s.group, a.B - g * s.group < s.group ? a.B - g * s.group : s.group);
+  });
+}
+void ntm_sequence_bwd(const SequenceArgs& a, int64_t begin, int64_t end) {
+  with_wide(a.dtype, [&](auto c) {
+    Sequence<decltype(c)> s(a, true);
+    Arena arena([&](Arena& x) { s.layout(x, true); });
+    for (int64_t g = begin; g < end; g++) s.backward(g * s.group, a.B - g * s.group < s.group ? a.B - g * s.group : s.group);
+  });
+}
+int64_t ntm_sequence_panels(const SequenceArgs& a) {
+  int64_t count = 0;
+  with_wide(a.dtype, [&](auto c) { gradients<decltype(c)>(a, [&](const auto& g) { count += g.panels(); }); });
+  return count;
+}
+void ntm_sequence_parameters(const SequenceArgs& a, int64_t begin, int64_t end) {
+  with_wide(a.dtype, [&](auto c) {
+    for (int64_t i = begin; i < end; i++) panel_of<decltype(c)>(a, i);
+  });
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore
