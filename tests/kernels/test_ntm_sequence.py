@@ -214,11 +214,25 @@ def test_torch_func():
     torch.testing.assert_close(torch.func.grad(loss)(tensors["memory"]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_opcheck_and_compile():
+def test_opcheck():
     tensors, flat, options = draw(T=3, lengths=[3, 1, 2])
     leaves = [t.requires_grad_() for t in (*tensors.values(), torch.cat([t.reshape(-1) for t in flat]))]
     args = (*leaves, options["lengths"], 4, True, 1, 1, 1, 1, True, 0.0, 2, True)
-    torch.library.opcheck(torch.ops.memcore.ntm_sequence_fwd.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    # Not the comparison after tracing: what is saved has padding that nobody writes.
+    torch.library.opcheck(torch.ops.memcore.ntm_sequence_fwd.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles():
+    tensors, flat, options = draw(T=3, lengths=[3, 1, 2], layers=2)
+    compiled = torch.compile(lambda *xs: call(ntm_sequence, dict(zip(tensors, xs)), list(xs[len(tensors) :]), options), backend="aot_eager", fullgraph=True)
+
+    leaves = [t.clone().requires_grad_() for t in (*tensors.values(), *flat)]
+    ys = compiled(*leaves)
+    grads = torch.autograd.grad([y.sum() for y in ys], leaves)
+    expected = call(ntm_sequence, dict(zip(tensors, leaves)), leaves[len(tensors) :], options)
+    expected_grads = torch.autograd.grad([y.sum() for y in expected], leaves)
+    for a, b in zip((*ys, *grads), (*expected, *expected_grads), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_saved_numbers():
