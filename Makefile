@@ -1,7 +1,7 @@
 # Every target does its own set-up on a fresh machine: .venv, torch, the package, its native library where a C++ compiler is.
 #
 #   make test [ARGS="tests/kernels -k read"]     the test suite; MEMCORE_DATA=DIR for the tests on real data
-#   make demo | bench | test-slow | test-asan | build | clean
+#   make demo | bench | test-slow | test-asan | gpu-tables | build | clean
 #
 # PYTHON, VENV and TORCH choose the interpreter, the environment's folder and what pip gets as torch, for example
 #   make test TORCH="torch==2.13.0 --index-url ADDRESS"
@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/memcore.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench build test-slow test-asan clean
+.PHONY: help test demo bench build test-slow test-asan gpu-tables clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -36,6 +36,10 @@ test: build
 
 test-slow: build
 	$(PY) -m pytest -m slow $(ARGS)
+
+# The tables of what compilers make of the GPU kernels; needs nvcc, triton and a C++ compiler, no GPU.
+gpu-tables: build
+	$(PY) tests/gpu_resources.py
 
 demo: build
 	$(VENV)/bin/memcore demo $(ARGS)
