@@ -411,6 +411,7 @@ CASES: tuple[Case, ...] = (
             S("N128_W20", B=4, N=128, W=20),
             S("N1000_W64_H1", H=1, N=1000, W=64),
             S("N7_W100_H4", H=4, N=7, W=100),
+            S("N63_W20_H9", H=9, N=63, W=20),
             S("shared_N100_W63_H3", B=3, H=3, N=100, W=63, shared=1),
         ),
         ("memory", "weights"),
