@@ -53,9 +53,8 @@ _told: set[str] = set()
 
 # GPUs -----------------------------------------------------------------------------------------------------------------
 
-native_gpu_registered = frozenset(
-    name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA") if name.startswith("memcore::_") and name.endswith("_cuda")
-)
+_at_cuda = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+native_gpu_registered = frozenset(n for n in _at_cuda if n.startswith("memcore::_") and n.endswith("_cuda"))
 _home = Path(__file__).parent
 _kernels = next(p for p in (_home / "kernels", _home.parent / "kernels") if p.is_dir())  # beside the package in a checkout
 _triton_files = frozenset(p.parent.name for p in _kernels.glob("*/triton.py"))
@@ -68,7 +67,7 @@ def _gpu_missing() -> dict[str, str]:
     elif native is None:
         cuda = native_missing
     elif not native_gpu_registered:
-        cuda = "the native library was built without CUDA kernels; with nvcc on the PATH: MEMCORE_CUDA=1 pip install --no-build-isolation ."
+        cuda = "the native library was built without CUDA kernels; with nvcc: MEMCORE_CUDA=1 pip install --no-build-isolation ."
     else:
         cuda = ""
     return {"native": cuda, "triton": "" if find_spec("triton") else "triton is not installed (pip install triton)"}
@@ -76,7 +75,9 @@ def _gpu_missing() -> dict[str, str]:
 
 _missing = _gpu_missing()
 _native_gpu = frozenset(
-    n.removeprefix("memcore::_").removesuffix("_fwd_cuda") for n in native_gpu_registered if n.endswith("_fwd_cuda") and not _missing["native"]
+    n.removeprefix("memcore::_").removesuffix("_fwd_cuda")
+    for n in (() if _missing["native"] else native_gpu_registered)
+    if n.endswith("_fwd_cuda")
 )
 _on_gpu = _triton_files | _native_gpu  # operators that have a kernel of either kind
 _unusable: dict[tuple[str, int], str] = {}  # (backend, device) -> what its first launch said

@@ -351,10 +351,10 @@ def ntm_step_bwd_kernel(
 # Host -----------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(H: int, N: int, W: int) -> tuple[dict, int]:
-    """Block sizes and warps. A memory that fits one block is one tile."""
+def _blocks(H: int, N: int, W: int, whole: int) -> tuple[dict, int]:
+    """Block sizes and warps. A memory of up to `whole` elements is one tile."""
     BN, BW = power(N), power(W)
-    one = BN * BW <= sizes.whole
+    one = BN * BW <= whole
     num_warps = warps(BN * BW)
     if not one:
         BN, BW, _, num_warps = tiles(N, W)
@@ -372,10 +372,10 @@ def ntm_step_fwd(
     H = R + Hw
     written, reads, weights = torch.empty_like(memory), memory.new_empty(B, R, W), torch.empty_like(previous)
     small, rows = workspace(memory, B, H * (3 + S) + 2 * Hw * W), workspace(memory, B, 3, H, N)
-    blocks, num_warps = _blocks(H, N, W)
+    blocks, num_warps = _blocks(H, N, W, sizes.whole)
     args = memory, interface, previous, written, reads, weights, small, rows, R, Hw, N, W, S
     G = split_heads(R, blocks["BW"])
-    launch(ntm_step_fwd_kernel, B, *args, num_warps=num_warps, WRITE_FIRST=write_first, G=G, **blocks)
+    launch(ntm_step_fwd_kernel, B, *args, num_warps=num_warps, all_registers=True, WRITE_FIRST=write_first, G=G, **blocks)
     return written, reads, weights
 
 
@@ -391,8 +391,8 @@ def ntm_step_bwd(
     H = R + Hw
     dmemory, dinterface, dprevious = (torch.empty_like(t) for t in (memory, interface, previous))
     small, rows = workspace(memory, B, H * (7 + 2 * S) + 2 * Hw * W), workspace(memory, B, 5, H, N)
-    blocks, num_warps = _blocks(H, N, W)
+    blocks, num_warps = _blocks(H, N, W, sizes.tile)  # with 16 warps for more the registers spill
     args = *grads, memory, interface, previous, dmemory, dinterface, dprevious, small, rows, R, Hw, N, W, S
     GW, GH = split_heads(Hw, blocks["BW"]), split_heads(H, blocks["BW"])
-    launch(ntm_step_bwd_kernel, B, *args, num_warps=num_warps, WRITE_FIRST=write_first, GW=GW, GH=GH, **blocks)
+    launch(ntm_step_bwd_kernel, B, *args, num_warps=num_warps, all_registers=True, WRITE_FIRST=write_first, GW=GW, GH=GH, **blocks)
     return dmemory, dinterface, dprevious
