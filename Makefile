@@ -1,7 +1,7 @@
 # Every target does its own set-up on a fresh machine: .venv, torch, the package, its native library where a C++ compiler is.
 #
 #   make test [ARGS="tests/kernels -k read"]     the test suite; MEMCORE_DATA=DIR for the tests on real data
-#   make demo | bench | test-slow | test-asan | build | clean
+#   make demo | bench | test-slow | test-asan | gpu | gpu-sanitize | gpu-tables | build | clean
 #
 # PYTHON, VENV and TORCH choose the interpreter, the environment's folder and what pip gets as torch, for example
 #   make test TORCH="torch==2.13.0 --index-url ADDRESS"
@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/memcore.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench build test-slow test-asan clean
+.PHONY: help test demo bench build test-slow test-asan gpu gpu-sanitize gpu-tables clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -36,6 +36,22 @@ test: build
 
 test-slow: build
 	$(PY) -m pytest -m slow $(ARGS)
+
+# The tables of what compilers make of the GPU kernels; needs nvcc, triton and a C++ compiler, no GPU.
+gpu-tables: build
+	$(PY) tests/gpu_resources.py
+
+# On a machine with a GPU: its tests, then the benchmark, into one file to send back.
+gpu: build
+	$(PY) tests/gpu/report.py --out gpu-report.json $(ARGS)
+
+# The kernels under NVIDIA's compute-sanitizer. Every allocation is its own, so that the first byte past a tensor is out of bounds.
+gpu-sanitize: build
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  echo "== $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 TESTS_POISON=0 compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
+	  $(PY) -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_contract.py -m gpu -k 'test_contract and not auto and float32' $(ARGS) || exit 1; \
+	done
 
 demo: build
 	$(VENV)/bin/memcore demo $(ARGS)

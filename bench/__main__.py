@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,8 @@ examples:
   memcore bench ops step train growth     everything, about a quarter of an hour on two quiet cores
   memcore bench ops --op read --op sharpen --no-compile
   memcore bench step --size small --quick
-  memcore bench step --base HEAD~3        the same with an earlier revision beside it (checkout only)"""
+  memcore bench step --base HEAD~3        the same with an earlier revision beside it (checkout only)
+  memcore bench ops step train --device cuda      on a GPU, timed by events, against eager, compile and eager in a CUDA graph; gpu.json in --out"""
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; or table; or plot (default: ops with --op)")
     parser.add_argument("--op", action="append", default=[], choices=tuple(CASES), metavar="OP", help=f"only this operator; repeatable: {', '.join(CASES)}")
-    parser.add_argument("--size", action="append", choices=("small", "mid", "large"), help="only this size of ops and step; repeatable")
+    parser.add_argument("--size", action="append", choices=("small", "mid", "large", "huge"), help="only this size of ops and step; repeatable")
     parser.add_argument("--batch", type=_counts, default=(1, 16, 64), metavar="1,16,64", help="batch sizes of train")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32", help="of ops (default: float32)")
     parser.add_argument("--threads", type=_counts, default=(1, 2), metavar="1,2", help="thread counts (default: 1,2)")
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-naive", action="store_true", help="leave the vectorised and the commonly written form out")
     parser.add_argument("--quick", action="store_true", help="a few rounds at the least sizes: does it run? Nothing is kept without --out")
-    parser.add_argument("--device", default="cpu", help="cpu; others are not measured yet")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N; a GPU has suites ops, step and train, and a size huge")
     parser.add_argument("--out", metavar="DIR", help="folder of the rows (default: bench/results of a checkout, else ./bench-results)")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--plot", action="store_true", help="draw the figures afterwards")
@@ -71,8 +73,12 @@ def _check(args: argparse.Namespace) -> list[str]:
     for name in suites:
         if name not in known:
             raise ValueError(f"memcore bench: 'SUITE' must be one of {', '.join(known)}, got {name!r}")
-    if args.device != "cpu":
-        raise ValueError(f"memcore bench: '--device' must be cpu (nothing is measured on GPUs yet), got {args.device!r}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"memcore bench: '--device' must be cpu, cuda or cuda:N, got {args.device!r}")
+    if args.device == "cpu" and "huge" in (args.size or ()):
+        raise ValueError("memcore bench: '--size' must be small, mid or large on the CPU, got 'huge'")
+    if args.device != "cpu" and args.base is not None:
+        raise ValueError(f"memcore bench: '--base' must not be given with --device {args.device}")
     for name, values in (("--threads", args.threads), ("--batch", args.batch)):
         if not values or min(values) < 1:
             raise ValueError(f"memcore bench: {name!r} must be numbers >= 1, got {values}")
@@ -111,6 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import rows, runner
 
     folder = args.out or rows.default_folder()
+    if args.device != "cpu":
+        from . import gpu
+
+        keep = not args.no_save and (not args.quick or args.out is not None)
+        gpu.main(args, suites, folder if keep else None)
+        return 0
     measured = [s for s in suites if s in SUITES]
     if measured:
         variants = ["memcore", "eager"] + ["compile"] * (not args.no_compile) + ["vectorised", "naive"] * (not args.no_naive)

@@ -103,9 +103,9 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     gated: bool = True
 
-    def inputs(self, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
-        """Fresh inputs; those that are differentiated require grad."""
-        made = [t.to(dtype) for t in self.make(shape, torch.Generator().manual_seed(seed))]
+    def inputs(self, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
+        """Fresh inputs; those that are differentiated require grad. The same numbers on every device."""
+        made = [t.to(device, dtype) for t in self.make(shape, torch.Generator().manual_seed(seed))]
         return tuple(t.requires_grad_(i in self.diff) for i, t in enumerate(made))
 
     def _bound(self, function: Callable) -> Callable[..., tuple[Tensor, ...]]:
@@ -210,14 +210,14 @@ class StepCase:
     def memory_bytes(self) -> int:
         return 4 * self.B * self.N * self.W
 
-    def inputs(self, seed: int = 0) -> tuple[Tensor, list[Tensor], Tensor]:
+    def inputs(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, list[Tensor], Tensor]:
         """memory, one interface a step in memcore's layout, first weights; leaves that require grad."""
         g = torch.Generator().manual_seed(seed)
         H = self.R + self.Hw
         size = H * (self.W + 3 + S) + 2 * self.W * self.Hw
-        memory = torch.randn(self.B, self.N, self.W, generator=g)
-        interfaces = [torch.randn(self.B, size, generator=g).requires_grad_() for _ in range(self.T)]
-        return memory.requires_grad_(), interfaces, _weights((self.B, H, self.N), g).requires_grad_()
+        memory = torch.randn(self.B, self.N, self.W, generator=g).to(device)
+        interfaces = [torch.randn(self.B, size, generator=g).to(device).requires_grad_() for _ in range(self.T)]
+        return memory.requires_grad_(), interfaces, _weights((self.B, H, self.N), g).to(device).requires_grad_()
 
 
 STEPS = {
@@ -273,7 +273,7 @@ def check(case: Case, shape: Shape, variant: str, function: Callable, inputs: tu
     if not case.diff:
         return
     g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(a.shape, generator=g, dtype=torch.float64).to(a.dtype) for a in got]
+    cotangents = [torch.randn(a.shape, generator=g, dtype=torch.float64).to(a) for a in got]
     found = torch.autograd.grad(got, [inputs[i] for i in case.diff], cotangents)
     wanted = torch.autograd.grad(expected, [wide[i] for i in case.diff], [c[items].double() for c in cotangents])
     for i, a, b in zip(case.diff, found, wanted, strict=True):
@@ -315,7 +315,7 @@ def runnable(case: Case, function: Callable, inputs: tuple[Tensor, ...], backwar
         return forward
     wanted = [inputs[i] for i in case.diff]
     g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=g).to(y.dtype) for y in tuples(function(*inputs))]
+    cotangents = [torch.randn(y.shape, generator=g).to(y) for y in tuples(function(*inputs))]
 
     def both() -> object:
         return torch.autograd.grad(tuples(function(*inputs)), wanted, cotangents)

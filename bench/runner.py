@@ -232,15 +232,15 @@ class _Chain:
 
 
 def step_variants(
-    case: StepCase, names: Iterable[str], seed: int = 0, say: Callable[[str], None] = print
+    case: StepCase, names: Iterable[str], seed: int = 0, say: Callable[[str], None] = print, device: str = "cpu"
 ) -> dict[str, _Chain]:
     """The variants, each checked against the float64 reference (on the first two items where the chain is large)."""
-    raw = case.inputs(seed)
+    raw = case.inputs(seed, device)
     order = baselines.interface_order(case.W, case.R, case.Hw)
     mine = (raw[0], [x.detach()[:, order].requires_grad_() for x in raw[1]], raw[2])
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        cotangents = [torch.randn(y.shape, generator=g) for y in chain(case, _step_function(case, "eager"), mine)]
+        cotangents = [torch.randn(y.shape, generator=g).to(y) for y in chain(case, _step_function(case, "eager"), mine)]
 
     some = slice(None) if case.B * case.N * case.W * (case.R + case.Hw) * case.T <= 2**25 else slice(0, 2)
     wide = [t.detach()[some].double().requires_grad_() for t in (raw[0], *raw[1], raw[2])]
@@ -306,9 +306,11 @@ def calls(run: Run) -> None:
 
 
 def training_steps(
-    batch_size: int, variants: Iterable[str], seed: int = 0, say: Callable[[str], None] = print
-) -> dict[str, Callable[[], float]]:
+    batch_size: int, variants: Iterable[str], seed: int = 0, say: Callable[[str], None] = print, device: str = "cpu"
+) -> dict[str, Callable[[], float | Tensor]]:
     """variant -> one whole training step (forward, loss, backward, Adam) of one NTM on copy, 41 time steps; returns the loss.
+
+    On a GPU the loss stays there, as a tensor: reading it would wait, and a CUDA graph could not hold it.
 
     N = 128, W = 20, LSTM controller of 100, one read and one write head. Every variant but "floor" (no memory work) is the same
     model: its loss and gradients are checked against float64. "compile" compiles a whole time step, controller included.
@@ -318,8 +320,8 @@ def training_steps(
 
     task = make("copy")
     torch.manual_seed(seed)
-    model = NTM(task.input_size, task.output_size, memory_slots=128, slot_width=20, controller_size=100)
-    batch = task.sample(batch_size, generator=torch.Generator().manual_seed(seed), length=COPY_LENGTH)
+    model = NTM(task.input_size, task.output_size, memory_slots=128, slot_width=20, controller_size=100).to(device)
+    batch = task.sample(batch_size, generator=torch.Generator().manual_seed(seed), length=COPY_LENGTH).to(device)
     wide = copy.deepcopy(model).double()
     with backend("reference"):
         loss = task.loss(wide(batch.input.double())[0], batch)
@@ -340,14 +342,14 @@ def training_steps(
             if fast is None:
                 say(why)
                 continue
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True, capturable=device != "cpu")
 
-        def one(net=net, optimizer=optimizer) -> float:
+        def one(net=net, optimizer=optimizer) -> float | Tensor:
             optimizer.zero_grad(set_to_none=True)
             value = task.loss(net(batch.input)[0], batch)
             value.backward()
             optimizer.step()
-            return value.item()
+            return value.item() if device == "cpu" else value.detach()
 
         if name != "floor":
             _check_training(name, net, task, batch, wide, loss)

@@ -28,8 +28,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    # The emulators come last: they leave a heap full of holes, in which the tests that measure the process's growth would see no leak.
-    items.sort(key=lambda item: "_on_cpu" in item.nodeid)
+    # Emulators and GPU compilers come last: they leave a heap full of holes, in which the tests that measure the process's growth would see no leak.
+    items.sort(key=lambda item: "_on_cpu" in item.nodeid or "gpu" in item.nodeid)
     skip_slow = not config.getoption("--slow") and not config.getoption("markexpr")
     for item in items:
         if skip_slow and item.get_closest_marker("slow"):

@@ -27,7 +27,7 @@ def track(case: Case, x: Inputs) -> list[Tensor]:
 def cotangents(ys: tuple[Tensor, ...], seed: int = 1) -> list[Tensor | None]:
     """A fixed random gradient for each output, None where it has none."""
     g = torch.Generator().manual_seed(seed)
-    draws = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) if y.is_floating_point() else None for y in ys]
+    draws = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y) if y.is_floating_point() else None for y in ys]
     return [v if y.requires_grad else None for y, v in zip(ys, draws)]
 
 

@@ -14,27 +14,40 @@ struct ReadLaunch {
   float* d;  // shared memory's backward: the weights in float32, [B, H, N]
 };
 
+// Eight heads share one look at a row; for more the memory is staged, so that it is read once all the same.
 template <class T> struct ReadBlock {
   float *scratch, *weights, *grad;
+  T* rows;
 
-  template <class A> __host__ __device__ ReadBlock(A& arena, const ReadArgs& a, bool backward) {
+  template <class A> __host__ __device__ ReadBlock(A& arena, const ReadArgs& a, bool backward, bool staged) {
     if (!backward) scratch = arena.template take<float>(8 * kThreads);
     if (backward) grad = arena.template take<float>(a.H * a.W);
     weights = arena.template take<float>(a.H * a.N);
+    if (staged && a.H > 8) rows = arena.template take<T>(staged_size<T>(a.N * a.W));
+  }
+
+  // Weights of element b, visible to all; returns its rows.
+  __device__ const T* load(const ReadArgs& a, int64_t b, bool staged_) {
+    const T* from = (const T*)a.memory + b * a.memory_stride;
+    const bool in_shared = staged_ && a.H > 8;
+    if (in_shared) from = stage(rows, from, (int)(a.N * a.W));
+    widen(weights, (const T*)a.weights + b * a.H * a.N, a.H * a.N);
+    if (in_shared) staged();
+    else __syncthreads();
+    return from;
   }
 };
 
 template <class T, bool SPILL> MC_KERNEL read_fwd_kernel(ReadLaunch launch) {
   MC_DYN_SHARED(shared);
   const ReadArgs& a = launch.a;
-  const int64_t b = blockIdx.x, n = a.H * a.N;
+  const int64_t b = blockIdx.x;
   auto arena = arena_of<SPILL>(shared, launch.plan, a.workspace);
-  ReadBlock<T> block(arena, a, false);
-  widen(block.weights, (const T*)a.weights + b * n, n);
-  __syncthreads();
+  ReadBlock<T> block(arena, a, false, launch.plan.staged);
+  const T* rows = block.load(a, b, launch.plan.staged);
   const Writes reads{(int)a.N, (int)a.W, 0, (int)a.H, nullptr, nullptr, nullptr, block.weights};
   T* result = (T*)a.result + b * a.H * a.W;
-  write_read(reads, (const T*)a.memory + b * a.memory_stride, (T*)nullptr, false, block.scratch, [&](int h, int w, float x) {
+  write_read(reads, rows, (T*)nullptr, false, block.scratch, [&](int h, int w, float x) {
     result[h * a.W + w] = narrow<T>(x);
   });
 }
@@ -44,13 +57,12 @@ template <class T, bool SPILL> MC_KERNEL read_bwd_kernel(ReadLaunch launch) {
   const ReadArgs& a = launch.a;
   const int64_t b = blockIdx.x, n = a.H * a.N;
   auto arena = arena_of<SPILL>(shared, launch.plan, a.workspace);
-  ReadBlock<T> block(arena, a, true);
+  ReadBlock<T> block(arena, a, true, launch.plan.staged);
   widen(block.grad, (const T*)a.grad + b * a.H * a.W, a.H * a.W);
-  widen(block.weights, (const T*)a.weights + b * n, n);
-  __syncthreads();
+  const T* rows = block.load(a, b, launch.plan.staged);
   T* dweights = (T*)a.dweights + b * n;
   dots(
-      (const T*)a.memory + b * a.memory_stride, (int)a.N, (int)a.W, block.grad, (int)a.H, false,
+      rows, (int)a.N, (int)a.W, block.grad, (int)a.H, false,
       [&](int h, int i, float x) { dweights[h * a.N + i] = narrow<T>(x); }, [](int, float) {});
   if (launch.d) {
     for (int64_t i = threadIdx.x; i < n; i += kThreads) launch.d[b * n + i] = block.weights[i];
@@ -66,7 +78,7 @@ template <class T, bool SPILL> MC_KERNEL read_bwd_kernel(ReadLaunch launch) {
 template <class T> MC_KERNEL read_bwd_shared_kernel(SharedRows<T> rows) { shared_rows(rows); }
 
 template <class T> Plan read_plan(const ReadArgs& a, bool backward) {
-  return plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { ReadBlock<T>(arena, a, backward); });
+  return plan_of(mc_shared_limit(a.device), [&](auto& arena, bool staged) { ReadBlock<T>(arena, a, backward, staged); });
 }
 
 template <class T> int64_t read_fwd(const ReadArgs& a, void* stream) {

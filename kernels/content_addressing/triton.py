@@ -299,7 +299,7 @@ def similarities_bwd(
     part = workspace(key, B, T, H, W)
     shared = memory.dim() == 2
     args = key, memory, mask, sim, dsim, part, dmemory, B, H, N, W, 0 if shared else N * W
-    launch(content_addressing_bwd_kernel_tiles, (1 if shared else B) * T, *args, num_warps=num_warps, COSINE=cosine, BN=BN, BW=BW)
+    launch(content_addressing_bwd_kernel_tiles, (1 if shared else B) * T, *args, num_warps=num_warps, all_registers=True, COSINE=cosine, BN=BN, BW=BW)
     BT = max(1, min(power(T), sizes.tile // BW))
     args = key, mask, own, part, dkey, H, N, W, T
     launch(content_addressing_bwd_kernel_key, B * H, *args, num_warps=warps(BT * BW), COSINE=cosine, BT=BT, BW=BW)
@@ -338,7 +338,7 @@ def content_addressing_bwd(
     if BN * BW <= sizes.whole and memory.dim() == 3:
         dkey, dmemory = torch.empty_like(key), torch.empty_like(memory)
         args = grad, key, memory, strength, mask, dkey, dmemory, dstrength, H, N, W, N * W
-        launch(content_addressing_bwd_kernel, B, *args, num_warps=warps(BN * BW), COSINE=cosine, BN=BN, BW=BW)
+        launch(content_addressing_bwd_kernel, B, *args, num_warps=warps(BN * BW), all_registers=True, COSINE=cosine, BN=BN, BW=BW)
         return dkey, dmemory, dstrength
     sim = similarities(key, memory, mask, cosine)
     dsim, own = torch.empty_like(sim), workspace(key, B, H)

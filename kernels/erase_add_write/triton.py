@@ -99,7 +99,7 @@ def erase_add_write_bwd(
     BN, BW, T, num_warps = tiles(N, W)
     parts = (derase, dadd) if T == 1 else (workspace(memory, B, T, H, W), workspace(memory, B, T, H, W))
     args = grad, memory, weights, erase, add, dmemory, dweights, *parts, H, N, W
-    launch(erase_add_write_bwd_kernel, B * T, *args, num_warps=num_warps, BN=BN, BW=BW)
+    launch(erase_add_write_bwd_kernel, B * T, *args, num_warps=num_warps, all_registers=True, BN=BN, BW=BW)
     if T != 1:
         sum_partials(parts[0], derase)
         sum_partials(parts[1], dadd)

@@ -114,7 +114,7 @@ def lrua_write_fwd(
     out, weights = torch.empty_like(memory), torch.empty_like(previous_read)
     BN, BW, T, num_warps = tiles(N, W)
     args = memory, word, previous_read, gate, _least(usage), out, weights, word.shape[1], N, W
-    launch(lrua_write_fwd_kernel, B * T, *args, num_warps=num_warps, ZERO=zero, BN=BN, BW=BW)
+    launch(lrua_write_fwd_kernel, B * T, *args, num_warps=num_warps, all_registers=True, ZERO=zero, BN=BN, BW=BW)
     return out, weights
 
 
@@ -132,7 +132,7 @@ def lrua_write_bwd(
     BN, BW, T, num_warps = tiles(N, W)
     parts = (dword, dgate) if T == 1 else (workspace(memory, B, T, H, W), workspace(memory, B, T, H))
     args = grad_memory, grad_weights, word, previous_read, gate, _least(usage), dmemory, parts[0], dprevious, parts[1], H, N, W
-    launch(lrua_write_bwd_kernel, B * T, *args, num_warps=num_warps, ZERO=zero, BN=BN, BW=BW)
+    launch(lrua_write_bwd_kernel, B * T, *args, num_warps=num_warps, all_registers=True, ZERO=zero, BN=BN, BW=BW)
     if T != 1:
         sum_partials(parts[0], dword)
         sum_partials(parts[1], dgate)

@@ -23,7 +23,7 @@ def ntm_addressing_fwd(
     sim = similarities(key, memory, None, True)
     BR, BL, num_warps = rows_block(B * H, N)
     args = sim, previous, strength, gate, shift, gamma, torch.empty_like(sim), out, N, shift.shape[-1], B * H
-    launch(ntm_addressing_fwd_kernel, triton.cdiv(B * H, BR), *args, num_warps=num_warps, BR=BR, BL=BL)
+    launch(ntm_addressing_fwd_kernel, triton.cdiv(B * H, BR), *args, num_warps=num_warps, all_registers=True, BR=BR, BL=BL)
     return out
 
 
@@ -43,6 +43,6 @@ def ntm_addressing_bwd(
         grad, sim, previous, strength, gate, shift, gamma, work, dsim, du,
         dsim, dprevious, dstrength, dgate, dshift, dgamma, own, N, shift.shape[-1], B * H,
     )  # fmt: skip
-    launch(ntm_addressing_bwd_kernel, triton.cdiv(B * H, BR), *args, num_warps=num_warps, BR=BR, BL=BL)
+    launch(ntm_addressing_bwd_kernel, triton.cdiv(B * H, BR), *args, num_warps=num_warps, all_registers=True, BR=BR, BL=BL)
     dkey, dmemory = similarities_bwd(key, memory, None, sim, dsim, own, True)
     return dkey, dmemory, dstrength, dgate, dshift, dgamma, dprevious

@@ -30,5 +30,5 @@ def sharpen_bwd(grad: Tensor | None, weights: Tensor, gamma: Tensor) -> tuple[Te
     dweights, dgamma = torch.empty_like(weights), torch.empty_like(gamma)
     BR, BL, num_warps = rows_block(B * H, N)
     args = grad, weights, *[None] * 4, gamma, None, dweights, *[None] * 6, dgamma, None, N, 1, B * H
-    launch(sharpen_bwd_kernel, triton.cdiv(B * H, BR), *args, num_warps=num_warps, BR=BR, BL=BL)
+    launch(sharpen_bwd_kernel, triton.cdiv(B * H, BR), *args, num_warps=num_warps, all_registers=True, BR=BR, BL=BL)
     return dweights, dgamma

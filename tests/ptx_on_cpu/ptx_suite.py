@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ptx_machine import ORDERS, Kernel, Launch, PtxError, Sparse
 from ptx_program import Module
 
-__all__ = ["Emulator", "Record", "emulated", "missing", "nvcc_ptx", "operators", "triton_kernel"]
+__all__ = ["Emulator", "Record", "emulated", "missing", "nvcc_ptx", "nvcc_version", "operators", "triton_kernel"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -60,7 +60,7 @@ def operators(backend: str) -> tuple[str, ...]:
     """Operators that have kernels of this backend."""
     if backend == "triton":
         return tuple(sorted(p.parent.name for p in (ROOT / "kernels").glob("*/triton.py")))
-    return tuple(sorted(p.stem for p in CUDA.glob("*.cu") if p.with_suffix(".cpp").exists()))
+    return tuple(sorted(p.stem for p in CUDA.glob("*.cu") if p.stem != "runtime"))
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def nvcc_ptx(op: str, arch: int) -> str:
     digest = hashlib.sha256(source.read_bytes())
     for p in sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]):
         digest.update(p.name.encode() + p.read_bytes())
-    digest.update(_nvcc_version().encode())
+    digest.update(nvcc_version().encode())
     out = OUT / f"{op}.sm_{arch}.{digest.hexdigest()[:16]}.ptx"
     if not out.exists():
         OUT.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def nvcc_ptx(op: str, arch: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _nvcc_version() -> str:
+def nvcc_version() -> str:
     return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
 
 
@@ -219,8 +219,9 @@ class Emulator:
                     if not np.array_equal(a, b):
                         raise PtxError(f"{kernel.program.name}: {name or 'an array'} depends on the order of the warps (a barrier is missing)")
 
-    def name(self, t: Tensor) -> str:
-        return self.labels.get(t.data_ptr(), "workspace")
+    def name(self, t: Tensor, parameter: str = "workspace") -> str:
+        """The tensor's name in the schema; of others the address too, until it is known which of them are outputs."""
+        return self.labels.get(t.data_ptr(), f"{parameter}@{t.data_ptr()}")
 
     def triton(self, op: str, way: str, args: tuple):
         shared = import_module("memcore.kernels._triton")
@@ -234,7 +235,7 @@ class Emulator:
                 if kind != "constexpr":
                     v = launch.arguments[name]
                     if isinstance(v, Tensor):
-                        names.append(self.labels.get(v.data_ptr(), name))
+                        names.append(self.name(v, name))
                         v = array_of(v)
                     values.append(v)
             self.run(op, way, kernel, launch.grid, 32 * launch.num_warps, values, bytes_, [], names)
@@ -273,11 +274,32 @@ class Emulator:
         return out
 
     def call(self, op: str, way: str, schema, args: tuple):
-        for a, value in zip(schema.arguments, args):
-            if isinstance(value, Tensor) and value.numel():
-                self.labels[value.data_ptr()] = a.name
+        self.labels = {v.data_ptr(): a.name for a, v in zip(schema.arguments, args) if isinstance(v, Tensor) and v.numel()}
+        first = len(self.records)
         out = getattr(self, self.backend)(op, way, args)
+        made = _output_names(way, schema, args, (out,) if isinstance(out, Tensor) else out)
+        for record in self.records[first:]:
+            record.report.traffic = {_final(k, made): t for k, t in record.report.traffic.items()}
         return out
+
+
+def _output_names(way: str, schema, args: tuple, outputs: tuple) -> dict[int, str]:
+    """Address -> name: a gradient has its input's, as the outputs are in the inputs' order; a forward's memory is memory'."""
+    inputs = [(a.name, v) for a, v in zip(schema.arguments, args) if isinstance(v, Tensor) and not a.name.startswith("grad_")]
+    names, rest = {}, iter(inputs)
+    for i, t in enumerate(outputs):
+        if way == "bwd":
+            if t.numel():
+                names[t.data_ptr()] = "d" + next(name for name, v in rest if v.shape == t.shape and v.is_floating_point())
+        else:
+            written = any(name == "memory" and v.shape == t.shape for name, v in inputs)
+            names[t.data_ptr()] = "memory'" if written else "out" if len(outputs) == 1 else f"out {i}"
+    return names
+
+
+def _final(label: str, made: dict[int, str]) -> str:
+    name, _, address = label.partition("@")
+    return made.get(int(address), f"workspace {name}") if address else name
 
 
 class _Made(TorchDispatchMode):
