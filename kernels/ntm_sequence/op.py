@@ -108,6 +108,11 @@ _fwd = register(
 )
 
 
+def runs_whole(device: torch.device) -> bool:
+    """Whether one kernel runs the recurrence; on GPUs `ntm_step` runs it step by step."""
+    return device.type == "cpu" and _backend.takes_kernel(_OP, device)
+
+
 def ntm_sequence(
     input: Tensor,
     memory: Tensor,
@@ -125,11 +130,11 @@ def ntm_sequence(
     lengths: Tensor | None = None,
     checkpoint_every: int | None = None,
 ) -> NTMSequence:
-    """A Neural Turing Machine over a whole sequence in ONE operator, controller and output layer included (Graves et al. 2014).
+    """A Neural Turing Machine over a whole sequence in ONE operator on the CPU, controller and output layer included (Graves et al. 2014).
 
     At each step: h_t = controller([x_t, reads_{t-1}]); interface = W_i h_t + b_i, clamped to -clip..clip; memory, reads and weights by
     `ntm_step`; output_t = W_o [h_t, reads_t] + b_o. The backward goes through time by hand: it keeps each step's activations, similarities
-    and weights, and the memory once every `checkpoint_every` steps, from which it rebuilds the others.
+    and weights, and the memory once every `checkpoint_every` steps, from which it rebuilds the others. On GPUs `ntm_step` runs time step by time step.
 
     Args:
         input: [T, B, X].
@@ -190,7 +195,7 @@ def ntm_sequence(
             raise ValueError(f"memcore.{_OP}: 'lengths' must lie in 0..T = 0..{T}, got {lengths.tolist()}")
         lengths = lengths.to(memory.device, torch.int64).clamp(0, T)
     heads = {"read_heads": read_heads, "write_heads": write_heads, "shift_range": shift_range, "order": order}
-    if N > 0 and L <= _MOST_LAYERS and _backend.takes_kernel(_OP, memory.device):
+    if N > 0 and L <= _MOST_LAYERS and runs_whole(memory.device):
         dtype = memory.dtype
         states = [input, memory, reads, weights, controller]
         vector = torch.cat([t.reshape(-1) for t in flat])

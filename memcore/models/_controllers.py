@@ -58,6 +58,11 @@ class LSTMController(nn.Module):
     def hoist(self, x: Tensor) -> Tensor:
         return x @ self.weight_input + self.biases[0]
 
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight, bias) of each layer as `memcore.functional.ntm_sequence` takes them."""
+        weights = [torch.cat((self.weight_input, self.weights[0])), *self.weights[1:]]
+        return list(zip(weights, self.biases))
+
     def step(self, x: Tensor, feedback: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         below, after = feedback, []
         for i, weight in enumerate(self.weights):
@@ -98,6 +103,11 @@ class FeedForwardController(nn.Module):
 
     def hoist(self, x: Tensor) -> Tensor:
         return self.first(x)
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight, bias) of each layer as `memcore.functional.ntm_sequence` takes them."""
+        first = torch.cat((self.first.weight.t(), self.weight_feedback))
+        return [(first, self.first.bias), *((layer.weight.t(), layer.bias) for layer in self.rest)]
 
     def step(self, x: Tensor, feedback: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
         h = torch.tanh(torch.addmm(x, feedback, self.weight_feedback))

@@ -104,12 +104,17 @@ class MemoryCell(nn.Module):
         features = torch.cat((h, state.reads.flatten(1)), 1)
         return (features, state) if batched else (features[0], map_state(lambda t: t[0], state))
 
+    def sequence(self, x: Tensor, state: Any, lengths: list[int] | None, output: nn.Linear) -> tuple[Tensor, Any] | None:
+        """All steps and the output layer in one operator: (output [T,B,O], state). None: there is none, go step by step."""
+        return None
+
     def enter(self, owner: str, state: Any, batch_size: int, batched: bool) -> Any:
         """The batched state to begin with: the model's own, or the checked one of the caller."""
         if state is None:
             return self.initial_state(batch_size)
         check_state(owner, state, self.kind, self.sizes(batch_size), batched)
         return state if batched else map_state(lambda t: t.unsqueeze(0), state)
+
 
 class MemoryNetwork(nn.Module):
     """A `MemoryCell` run over time, with a linear layer on its features."""
@@ -147,6 +152,10 @@ class MemoryNetwork(nn.Module):
         shortest, alive = steps, None
         if lengths is not None:
             lengths = check_lengths(self._name, lengths, steps, x.shape[1], batched)
+        whole = self.cell.sequence(x, state, lengths, self.output)
+        if whole is not None:
+            return self._leave(*whole, batched)
+        if lengths is not None:
             shortest, longest = min(lengths, default=steps), max(lengths, default=steps)
             if shortest < steps:
                 x = x[: max(longest, 1)]
@@ -164,6 +173,9 @@ class MemoryNetwork(nn.Module):
         if alive is not None:
             output = torch.where(alive.unsqueeze(2), output, 0)
             output = nn.functional.pad(output, (0, 0, 0, 0, 0, steps - len(x)))
+        return self._leave(output, state, batched)
+
+    def _leave(self, output: Tensor, state: Any, batched: bool) -> tuple[Tensor, Any]:
         if not batched:
             return output.squeeze(1), map_state(lambda t: t.squeeze(0), state)
         return (output.transpose(0, 1) if self.batch_first else output), state

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .. import functional as F
-from ._controllers import make_controller
+from ..kernels.ntm_sequence.op import runs_whole
+from ._controllers import FeedForwardController, LSTMController, make_controller
 from ._recurrent import MemoryCell, MemoryNetwork, map_state, one_of
 
 __all__ = ["NTM", "NTMCell", "NTMState"]
@@ -180,6 +181,31 @@ class NTMCell(MemoryCell):
             order=self.order,
         )
         return h, NTMState(memory, reads, weights, controller), interface
+
+    def sequence(
+        self, x: Tensor, state: NTMState, lengths: list[int] | None, output: nn.Linear
+    ) -> tuple[Tensor, NTMState] | None:
+        gated = isinstance(self.controller, LSTMController)
+        standard = gated or isinstance(self.controller, FeedForwardController)
+        if not standard or torch.is_autocast_enabled(x.device.type) or not runs_whole(x.device):
+            return None
+        start = torch.stack(state.controller) if gated else x.new_empty(0, x.shape[1], self.controller.output_size)
+        found = F.ntm_sequence(
+            x,
+            state.memory,
+            state.reads,
+            state.weights,
+            start,
+            F.NTMParameters(self.controller.layers(), (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
+            read_heads=self.read_heads,
+            write_heads=self.write_heads,
+            shift_range=self.shift_range,
+            order=self.order,
+            gated=gated,
+            clip=self.controller_clip,
+            lengths=None if lengths is None else torch.tensor(lengths),
+        )
+        return found.output, NTMState(found.memory, found.reads, found.weights, found.controller.unbind(0) if gated else ())
 
     def watch(self, state: NTMState, interface: Tensor) -> dict[str, Tensor]:
         pieces = F.split_interface(
