@@ -282,6 +282,9 @@ class _EagerCell(NTMCell):
 
     memory_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
+    def sequence(self, *_) -> None:
+        """Step by step, as PyTorch has it."""
+
     def advance(self, x: Tensor, state: NTMState) -> tuple[Tensor, NTMState, Tensor]:
         h, controller = self.controller.step(x, state.reads.flatten(1), state.controller)
         interface = self.interface(h)

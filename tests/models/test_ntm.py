@@ -9,6 +9,7 @@ from torch import nn
 
 import memcore
 from memcore.models import NTM, NTMCell, NTMState
+from memcore.models._recurrent import MemoryCell
 
 SMALL = {"memory_slots": 6, "slot_width": 3, "controller_size": 5}
 
@@ -232,9 +233,10 @@ def test_trace_follows_the_forward_pass():
     }
     assert {k: tuple(v.shape) for k, v in trace.items()} == {k: (5, 3, *v) for k, v in sizes.items()}
     assert not any(v.requires_grad for v in trace.values())
-    assert torch.equal(trace["output"], output)
-    assert torch.equal(trace["memory"][-1], state.memory)
-    assert torch.equal(torch.cat((trace["read_weights"], trace["write_weights"]), 2)[-1], state.weights)
+    # A trace goes step by step, the forward pass through the whole sequence at once.
+    torch.testing.assert_close(trace["output"], output.detach())
+    torch.testing.assert_close(trace["memory"][-1], state.memory.detach())
+    torch.testing.assert_close(torch.cat((trace["read_weights"], trace["write_weights"]), 2)[-1], state.weights.detach())
     before = torch.cat((torch.full((1, 3, 6, 3), 1e-6), trace["memory"][:-1]))
     w, e, a = trace["write_weights"][:, :, 0, :, None], trace["erase"], trace["add"]
     assert torch.allclose(before * (1 - w * e) + w * a, trace["memory"], atol=1e-6)
@@ -272,3 +274,21 @@ def test_bad_state():
         model(x, state._replace(controller=state.controller[:1]))
     with pytest.raises(ValueError, match=r"^memcore.NTM: 'state.controller\[2\]' must have shape nothing, got \(3, 5\)$"):
         model(x, NTMState(*state[:3], state.controller + state.controller[:1]))
+
+
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+@pytest.mark.parametrize("lengths", [None, [5, 0, 2]], ids=["full", "lengths"])
+def test_whole_sequence_equals_steps(controller, lengths, monkeypatch):
+    """The operator for the whole recurrence and the loop over time give the same outputs, states and gradients."""
+    torch.manual_seed(0)
+    model = NTM(4, 2, read_heads=2, controller=controller, controller_layers=2, controller_clip=1.5, memory_init="learned", **SMALL)
+    x, found = torch.randn(5, 3, 4), []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(NTMCell, "sequence", MemoryCell.sequence)
+        model.zero_grad()
+        output, state = model(x, lengths=lengths)
+        (output.square().sum() + state.memory.sum() + state.weights.square().sum()).backward()
+        found.append([output.detach(), state.memory.detach(), state.reads.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
