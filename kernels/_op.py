@@ -1,8 +1,9 @@
 """Registration: one call makes an operator and its backward known to dispatcher, autograd, compiler and export.
 
 An operator is a pair `memcore::<name>_fwd` and `memcore::<name>_bwd`. The reference is the kernel of both on every
-device (the backward by differentiating it); the native library replaces it where it has kernels. The derivative of the
-backward goes through the reference, so every operator can be differentiated to any order.
+device (the backward by differentiating it); the native library replaces it where it has kernels, and on GPUs `_cuda` chooses
+between the native library's and Triton's. The derivative of the backward goes through the reference, so every operator can be
+differentiated to any order.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from . import _cuda
 
 __all__ = ["accumulate", "library", "no_autocast", "register"]
 
@@ -102,6 +105,7 @@ def register(
         return out[0] if outputs == 1 else out
 
     library.impl(f"{name}_fwd", forward, "CompositeExplicitAutograd")
+    _cuda.implement(library, f"{name}_fwd", inputs, returns, forward)
     torch.library.register_fake(f"memcore::{name}_fwd", fake, lib=library)
     fwd = getattr(torch.ops.memcore, f"{name}_fwd").default
     if not diff:
@@ -109,7 +113,8 @@ def register(
 
     grads = ", ".join(f"Tensor? grad_{i}" for i in range(outputs))
     one = len(diff) == 1
-    library.define(f"{name}_bwd({grads}, {inputs}) -> " + ("Tensor" if one else "(" + ", ".join(["Tensor"] * len(diff)) + ")"))
+    returns = "Tensor" if one else "(" + ", ".join(["Tensor"] * len(diff)) + ")"
+    library.define(f"{name}_bwd({grads}, {inputs}) -> {returns}")
 
     def vjp(gs, xs, create_graph):
         """Gradients of the tracked inputs xs[diff] from output gradients gs, through the reference."""
@@ -145,6 +150,7 @@ def register(
         return out[0] if one else out
 
     library.impl(f"{name}_bwd", backward, "CompositeExplicitAutograd")
+    _cuda.implement(library, f"{name}_bwd", f"{grads}, {inputs}", returns, backward)
     torch.library.register_fake(f"memcore::{name}_bwd", fake_backward, lib=library)
     bwd = getattr(torch.ops.memcore, f"{name}_bwd").default
 

@@ -37,12 +37,19 @@ class Launch:
     arguments: dict[str, Any]
     """By parameter name, in order: tensors, ints, floats, None; constants too."""
     num_warps: int
+    all_registers: bool = False
+    """Let a thread have as many registers as there are: left alone, ptxas spills some to fit one more block on a multiprocessor."""
+
+    def options(self, nvidia: bool = True) -> dict[str, int]:
+        """What the compiler is told beside the source."""
+        most = {"maxnreg": min(255, 65536 // (32 * self.num_warps))} if self.all_registers and nvidia else {}
+        return {"num_warps": self.num_warps, **most}
 
     def run(self) -> None:
         """On the device of its tensors, on the current stream; no synchronisation."""
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+            self.kernel[self.grid](**self.arguments, **self.options(torch.version.hip is None))
 
     def source(self, constants: tuple[str, ...] = ()) -> Any:
         """The triton.compiler.ASTSource that compiles as this launch does: sizes of 1 and None are constants, multiples of 16 are marked.
@@ -72,11 +79,11 @@ class Launch:
 _hook: Callable[[Launch], None] = Launch.run
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int, all_registers: bool = False, **constants: Any) -> None:
     """Run `kernel` over `programs` blocks; none runs nothing."""
     if programs > 0:
         arguments = dict(zip(kernel.arg_names, args)) | constants
-        _hook(Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, num_warps))
+        _hook(Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, num_warps, all_registers))
 
 
 @contextmanager

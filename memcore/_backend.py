@@ -4,13 +4,17 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["backend", "describe", "takes_kernel"]
+__all__ = ["GPU_TABLE", "Call", "backend", "describe", "gives_up", "gpu_order", "takes_kernel"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 _log = logging.getLogger("memcore")
@@ -45,6 +49,178 @@ _native_cpu = frozenset(
     if name.startswith("memcore::") and name.endswith("_fwd")
 )
 _told: set[str] = set()
+
+
+# GPUs -----------------------------------------------------------------------------------------------------------------
+
+_at_cuda = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+native_gpu_registered = frozenset(n for n in _at_cuda if n.startswith("memcore::_") and n.endswith("_cuda"))
+_home = Path(__file__).parent
+_kernels = next(p for p in (_home / "kernels", _home.parent / "kernels") if p.is_dir())  # beside the package in a checkout
+_triton_files = frozenset(p.parent.name for p in _kernels.glob("*/triton.py"))
+
+
+def _gpu_missing() -> dict[str, str]:
+    """Why a GPU backend is not there, empty if it is."""
+    if torch.version.hip:
+        cuda = "CUDA C++ kernels do not run on AMD GPUs, Triton's do"
+    elif native is None:
+        cuda = native_missing
+    elif not native_gpu_registered:
+        cuda = "the native library was built without CUDA kernels; with nvcc: MEMCORE_CUDA=1 pip install --no-build-isolation ."
+    else:
+        cuda = ""
+    return {"native": cuda, "triton": "" if find_spec("triton") else "triton is not installed (pip install triton)"}
+
+
+_missing = _gpu_missing()
+_native_gpu = frozenset(
+    n.removeprefix("memcore::_").removesuffix("_fwd_cuda")
+    for n in (() if _missing["native"] else native_gpu_registered)
+    if n.endswith("_fwd_cuda")
+)
+_on_gpu = _triton_files | _native_gpu  # operators that have a kernel of either kind
+_unusable: dict[tuple[str, int], str] = {}  # (backend, device) -> what its first launch said
+
+BLOCK = 8192  # elements of a memory that one Triton block holds (kernels/_triton.py, sizes.whole)
+FILLED = 128  # blocks that give nearly every multiprocessor one: an A100 has 108, an H100 132, a B200 148
+LARGEST = 2_000_000_000  # the kernels' sizes are 32-bit numbers, their offsets 64-bit
+WIDEST = 8192  # a Triton tile has whole slots (kernels/_triton.py, sizes.width)
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice for a GPU tensor depends on. W is 0 for operators on rows of weights alone."""
+
+    dtype: torch.dtype
+    device: torch.device
+    B: int
+    N: int
+    W: int
+
+    @property
+    def shape(self) -> str:
+        """rows: no memory; block: one Triton block holds an element's memory; else many or few elements."""
+        if self.W == 0:
+            return "rows"
+        if self.N * self.W <= BLOCK:
+            return "block"
+        return "many" if self.B >= FILLED else "few"
+
+
+@dataclass(frozen=True)
+class Preference:
+    operators: tuple[str, ...]
+    """Operators, or single directions of one ("read_fwd")."""
+    shapes: tuple[str, ...]
+    first: str
+    reason: str
+
+
+ROWS = ("interpolate", "circular_shift", "sharpen")
+LOOKS = ("content_addressing", "ntm_addressing", "read", "lrua_write")
+# The first line that names the operator (or its direction) and the shape holds. Nobody has timed these kernels on a GPU: the reasons are
+# numbers of launches, blocks and bytes, which tests/test_gpu_choice.py counts.
+GPU_TABLE = (
+    Preference(
+        ROWS, ("rows",), "native",
+        "one launch each way in both; native keeps a row in shared memory, Triton reads it again for every shift and pass",
+    ),
+    Preference(
+        ("ntm_step",), ("block", "many", "few"), "native",
+        "one launch each way, one block an element in both; native holds memories of up to 227 KiB in shared memory and reads them once, "
+        "Triton 8192 elements in registers",
+    ),
+    Preference(
+        ("erase_add_write_fwd", "erase_add_write_"), ("block", "many", "few"), "native",
+        "one launch over tiles in both, memory once in and once out; no Python between dispatcher and launch",
+    ),
+    Preference(
+        (*LOOKS, "erase_add_write_bwd"), ("block",), "native",
+        "never more launches than Triton (addressing 1 + 1 for 2 + 4, lrua_write 1 + 1 for 2 + 2), and no Python before them",
+    ),
+    Preference(
+        (*LOOKS, "erase_add_write_bwd"), ("many",), "native",
+        "one block an element keeps the card busy; one launch for Triton's 2 to 4",
+    ),
+    Preference(
+        (*LOOKS, "erase_add_write_bwd"), ("few",), "triton",
+        "tiles of one memory go to many blocks; native has one block an element, fewer than the card has multiprocessors",
+    ),
+)  # fmt: skip
+
+
+def operator(name: str) -> str:
+    """The public name behind <op>_fwd, <op>_bwd or <op>_."""
+    return name.removesuffix("_fwd").removesuffix("_bwd").removesuffix("_")
+
+
+def preference(name: str, shape: str) -> Preference | None:
+    return next((p for p in GPU_TABLE if shape in p.shapes and (name in p.operators or operator(name) in p.operators)), None)
+
+
+def _gpu_refusal(backend: str, name: str, call: Call) -> str:
+    """Why `backend` cannot take this call, empty if it can."""
+    kind = {"native": "CUDA", "triton": "Triton"}[backend]
+    if reason := _missing[backend] or _unusable.get((backend, call.device.index or 0), ""):
+        return reason
+    if operator(name) not in (_native_gpu if backend == "native" else _triton_files):
+        return f"there is no {kind} kernel of {operator(name)}"
+    if call.dtype not in NARROW:
+        return f"{kind} kernels take float32, bfloat16 and float16 tensors, got {str(call.dtype)[6:]}"
+    if backend == "triton" and call.W > WIDEST:
+        return f"Triton kernels take slots of up to {WIDEST} numbers, got {call.W}"
+    if call.N > LARGEST or call.W > LARGEST:
+        return f"{kind} kernels take sizes up to {LARGEST}, got {max(call.N, call.W)}"
+    return ""
+
+
+def gpu_order(name: str, call: Call) -> tuple[str, ...]:
+    """What runs operator `name` ("<op>_fwd", ...) on GPU tensors, the best first; RuntimeError if an explicit choice cannot be met."""
+    if _requested in ("native", "triton"):
+        if reason := _gpu_refusal(_requested, name, call):
+            raise RuntimeError(_refused(_requested, operator(name), call.device.type, reason))
+        return (_requested,)
+    if _requested == "reference":
+        return ("reference",)
+    found = preference(name, call.shape)
+    order = ("triton", "native") if found is not None and found.first == "triton" else ("native", "triton")
+    return (*(b for b in order if not _gpu_refusal(b, name, call)), "reference")
+
+
+_DEVICE_ERRORS = (  # a build that does not fit this device or driver; nothing has run then
+    "no kernel image is available", "unsupported toolchain", "driver version is insufficient", "invalid device function",
+)  # fmt: skip
+
+
+def gives_up(backend: str, name: str, device: torch.device, error: Exception) -> bool:
+    """Whether `auto` goes on to the next backend after this error, which is told once; an explicit choice never does."""
+    said = str(error)
+    if isinstance(error, ImportError) or (backend == "triton" and "C compiler" in said):
+        _missing[backend] = f"{backend} does not work here: {said}"
+    elif backend == "native" and any(e in said for e in _DEVICE_ERRORS):
+        _unusable[backend, device.index or 0] = f"the CUDA kernels do not run on {device}: {said}"
+    else:
+        return False
+    if _requested in ("native", "triton"):
+        return False
+    _tell_once(f"memcore: operators on {device} go on without {backend} kernels: {said}")
+    return True
+
+
+def _tell_missing_gpu() -> None:
+    """Once: which GPU backend is not there, and what runs instead."""
+    cuda, triton = _missing["native"], _missing["triton"]
+    if cuda and triton:
+        _tell_once(f"memcore runs GPU tensors on plain PyTorch: {cuda}; {triton}")
+    elif triton:
+        _tell_once(f"memcore runs GPU tensors on CUDA C++ kernels alone: {triton}")
+    elif cuda and not torch.version.hip:
+        _tell_once(f"memcore runs GPU tensors on Triton kernels alone: {cuda}")
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -88,23 +264,45 @@ def takes_kernel(op: str, device: torch.device) -> bool:
                 return True
             if native is None and not torch.compiler.is_compiling():
                 _tell_once(f"memcore runs on plain PyTorch: {native_missing}")
+        elif kind == "cuda" and op in _on_gpu:
+            if (_missing["native"] or _missing["triton"]) and not torch.compiler.is_compiling():
+                _tell_missing_gpu()
+            return (op in _native_gpu and not _missing["native"]) or (op in _triton_files and not _missing["triton"])
         return False
     if _requested == "native" and kind == "cpu" and op in _native_cpu:
         return True
     name = _valid(_requested, "MEMCORE_BACKEND")
-    raise RuntimeError(f"memcore.{op}: backend {name!r} is not available for {kind} tensors: {_why_not(name, op, kind)}")
+    reason = _why_not(name, op, kind)
+    if not reason:
+        return True
+    raise RuntimeError(_refused(name, op, kind, reason))
+
+
+def _refused(name: str, op: str, kind: str, reason: str) -> str:
+    return f"memcore.{op}: backend {name!r} is not available for {kind} tensors: {reason}"
 
 
 def _why_not(name: str, op: str, kind: str) -> str:
+    """Why a requested backend has nothing for tensors of this kind; empty for GPU tensors that it has a kernel for."""
+    if kind == "cuda":
+        if _missing[name]:
+            return _missing[name]
+        if op in (_native_gpu if name == "native" else _triton_files):
+            return ""
+        return f"there is no {'CUDA' if name == 'native' else 'Triton'} kernel of {op}"
     if name == "triton":
-        return "no Triton kernel can be chosen in this version"
+        return "Triton kernels run on GPU tensors"
     if native is None and kind == "cpu":
         return native_missing
     return f"the native library has no kernel of {op} for {kind}"
 
 
 def describe() -> dict:
-    """What runs here and why: requested backend, native library, instruction set, operators with native CPU kernels."""
+    """What runs here and why: requested backend, native library, instruction set, operators with native CPU kernels, GPU backends."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
     info = {
         "requested": _valid(_requested, "MEMCORE_BACKEND"),
         "native": native is not None,
@@ -112,6 +310,11 @@ def describe() -> dict:
         "operators": sorted(_native_cpu),
         "cpu_isa": None,
         "cpu_isa_available": [],
+        "gpu": {
+            "native": {"missing": _missing["native"], "operators": sorted(_native_gpu)},
+            "triton": {"missing": _missing["triton"], "operators": sorted(_triton_files), "version": triton},
+            "unusable": {f"{b} on cuda:{i}": reason for (b, i), reason in _unusable.items()},
+        },
     }
     if native is not None:
         info["cpu_isa"] = torch.ops.memcore._cpu_isa()

@@ -50,6 +50,30 @@ def _cpu() -> str:
         return "unknown"
 
 
+def _on_gpu(name: str, info: dict[str, Any]) -> str:
+    """What runs operator `name` on GPU tensors, by shape class where that matters."""
+    gpu, requested = info["gpu"], info["requested"]
+    if requested == "reference":
+        return "plain PyTorch (MEMCORE_BACKEND or backend() asks for it)"
+    having = [b for b in ("native", "triton") if name in gpu[b]["operators"]]
+    there = [b for b in having if not gpu[b]["missing"]]
+    if requested != "auto":
+        return requested if requested in there else f"refused ({gpu[requested]['missing'] or f'{requested} has no kernel of it'})"
+    if not having:
+        return "plain PyTorch (no GPU kernel of it)"
+    if len(there) < 2:
+        return there[0] if there else f"plain PyTorch ({'; '.join(gpu[b]['missing'] for b in having)})"
+    found: dict[str, list[str]] = {}
+    for shape in ("rows", "block", "many", "few"):
+        ways = {way: _backend.preference(f"{name}_{short}", shape) for way, short in (("forward", "fwd"), ("backward", "bwd"))}
+        firsts = {way: p.first for way, p in ways.items() if p is not None}
+        for way, first in firsts.items():
+            label = shape if len(set(firsts.values())) == 1 else f"{shape} {way}"
+            if label not in found.setdefault(first, []):
+                found[first].append(label)
+    return " and ".join(backend if len(found) == 1 else f"{backend} ({', '.join(shapes)})" for backend, shapes in found.items())
+
+
 def _operators() -> dict[str, dict[str, str]]:
     """For each operator what runs on CPU tensors and on CUDA tensors, with the reason where it is plain PyTorch."""
     info = _backend.describe()
@@ -64,7 +88,7 @@ def _operators() -> dict[str, dict[str, str]]:
             cpu = "plain PyTorch (no native kernel of it)"
         else:
             cpu = f"native, {info['cpu_isa']}"
-        found[name] = {"cpu": cpu, "cuda": "plain PyTorch (the CUDA and Triton kernels cannot be chosen yet)"}
+        found[name] = {"cpu": cpu, "cuda": _on_gpu(name, info)}
     return found
 
 
@@ -137,7 +161,15 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"native library: loaded, {b['cpu_isa']} of {', '.join(b['cpu_isa_available'])} (MEMCORE_CPU_ISA chooses)")
     else:
         lines.append(f"native library: missing: {b['native_missing']}")
-    lines += [f"self-check: {report['self_check']}", "", "operators:"]
+    gpu = b["gpu"]
+    lines += [
+        f"CUDA C++ kernels: {gpu['native']['missing'] and 'missing: ' + gpu['native']['missing'] or 'built'}",
+        f"Triton kernels: {gpu['triton']['missing'] and 'missing: ' + gpu['triton']['missing'] or 'triton ' + gpu['triton']['version']}",
+        *(f"{where}: {reason}" for where, reason in gpu["unusable"].items()),
+        f"self-check: {report['self_check']}",
+        "",
+        "operators (on GPUs by shape: weights alone are rows; a memory that one block holds; larger ones in many or few batch elements):",
+    ]
     by_place: dict[tuple[str, str], list[str]] = {}
     for name, places in report["operators"].items():
         by_place.setdefault((places["cpu"], places["cuda"]), []).append(name)

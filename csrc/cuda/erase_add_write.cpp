@@ -27,6 +27,17 @@ Tensor fwd(Tensor memory, Tensor weights, Tensor erase, Tensor add) {
   return written;
 }
 
+// Every thread writes the elements it has read.
+void in_place(Tensor memory, Tensor weights, Tensor erase, Tensor add) {
+  const OnDevice on(memory);
+  const Tensor m = dense(memory);
+  weights = dense(weights), erase = dense(erase), add = dense(add);
+  EraseAddArgs a = arguments(on, m, weights, erase, add);
+  a.written = out(m);
+  on.check(kName, mc_erase_add_write_fwd(&a, on.stream()));
+  if (!memory.is_contiguous()) torch::stable::copy_(memory, m);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(OptionalTensor grad, Tensor memory, Tensor weights, Tensor erase, Tensor add) {
   const OnDevice on(memory);
   memory = dense(memory), weights = dense(weights), erase = dense(erase), add = dense(add);
@@ -47,4 +58,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(OptionalTensor grad, Tensor memor
 MC_IMPL(m) {
   m.impl("_erase_add_write_fwd_cuda", TORCH_BOX(&memcore::cuda::fwd));
   m.impl("_erase_add_write_bwd_cuda", TORCH_BOX(&memcore::cuda::bwd));
+  m.impl("_erase_add_write__cuda", TORCH_BOX(&memcore::cuda::in_place));
 }

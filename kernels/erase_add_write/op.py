@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from .. import _cuda
 from .._op import library, register
 from . import reference
 
@@ -29,8 +30,10 @@ def _bump_version(keys, memory, weights, erase, add):
     torch.autograd.graph.increment_version(memory)
 
 
-library.define("erase_add_write_(Tensor(a!) memory, Tensor weights, Tensor erase, Tensor add) -> ()")
+_IN_PLACE = "Tensor(a!) memory, Tensor weights, Tensor erase, Tensor add"
+library.define(f"erase_add_write_({_IN_PLACE}) -> ()")
 library.impl("erase_add_write_", _in_place, "CompositeExplicitAutograd")
+_cuda.implement(library, "erase_add_write_", _IN_PLACE, "()", _in_place)
 library.impl("erase_add_write_", _bump_version, "ADInplaceOrView", with_keyset=True)
 torch.library.register_fake("memcore::erase_add_write_", lambda memory, weights, erase, add: None, lib=library)
 _write_ = torch.ops.memcore.erase_add_write_.default
