@@ -259,8 +259,9 @@ class _Emitter:
     # Pieces -------------------------------------------------------------------------------------------------------------
 
     def function(self):
-        for self.at in range(self.first, self.index + 1):
-            for i in self.p.blocks[self.at].body:
+        for at in range(self.first, self.index + 1):
+            for k, i in enumerate(self.p.blocks[at].body):
+                self.site = at, k
                 self.translate(i)
         self.finish(self.block.end)
         text = "def f(g, R, m):\n" + "".join(f"    {line}\n" for line in self.lines)
@@ -302,6 +303,10 @@ class _Emitter:
         if i.negated:
             p = f"~{p}"
         return self.temp(f"{base} & {p}" if base else p)
+
+    def guarded(self, ex: str | None) -> str | None:
+        """The mask of an access to memory: `ex`, unless a mutant lacks the predicate."""
+        return ex if ex in ("m", None) else f"g.guarded({ex}, m, {self.site})"
 
     # Operands -----------------------------------------------------------------------------------------------------------
 
@@ -507,7 +512,7 @@ class _Emitter:
         a, offset = self.address(operands[0])
         space = space if space != "const" else "const"
         olds = "()" if ex is None else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"
-        got = self.temp(f"g.ld({a}, {offset}, {size}, {len(d)}, None, {space!r}, {ex}, {olds})")
+        got = self.temp(f"g.ld({a}, {offset}, {size}, {len(d)}, {space!r}, {self.guarded(ex)}, {olds})")
         narrow = f"{_NP[t[0]]}{size}"
         for k, r in enumerate(d):
             if r == "_":
@@ -543,7 +548,7 @@ class _Emitter:
                 values.append(self.temp(f"{self.reg(r, f'u{w}')}.astype('u{size}')"))
             else:
                 values.append(self.src(r, f"b{size * 8}", True))
-        self.say(f"g.st({a}, {offset}, {size}, [{', '.join(values)}], {space!r}, {ex})")
+        self.say(f"g.st({a}, {offset}, {size}, [{', '.join(values)}], {space!r}, {self.guarded(ex)})")
 
     def i_atom(self, i: Instruction, returns: bool = True) -> None:
         ex = self.execute(i)
@@ -576,9 +581,9 @@ class _Emitter:
         if "commit_group" in i.op:
             return self.say("g.commit()")
         if "wait_group" in i.op:
-            return self.say(f"g.wait_group({int(i.operands[0], 0)}, False, {self.at})")
+            return self.say(f"g.wait_group({int(i.operands[0], 0)}, False, {self.site})")
         if "wait_all" in i.op:
-            return self.say(f"g.wait_group(0, True, {self.at})")
+            return self.say(f"g.wait_group(0, True, {self.site})")
         ex = self.execute(i)
         dst, o1 = self.address(i.operands[0])
         src, o2 = self.address(i.operands[1])
@@ -954,7 +959,7 @@ class _Emitter:
         kind = next(x for x in i.op if x in ("up", "down", "bfly", "idx"))
         v = self.src(i.operands[1], "b32", True)
         b, c, member = (self.src(o, "u32") for o in i.operands[2:5])
-        got = self.temp(f"g.shfl({kind!r}, {v}, {b}, {c}, {member}, {ex})")
+        got = self.temp(f"g.shfl({kind!r}, {v}, {b}, {c}, {member}, {ex}, {self.site})")
         self.put(d[0], f"{got}[0]", "u4", ex)
         if len(d) > 1:
             self.put(d[1], f"{got}[1]", "pred", ex)
@@ -970,7 +975,7 @@ class _Emitter:
         ex = self.execute(i)
         kind = next(x for x in i.op if x in ("add", "min", "max", "and", "or", "xor"))
         v = self.src(i.operands[1], i.type, True)
-        self.put(i.operands[0], f"g.redux({kind!r}, {v}, {self.src(i.operands[2], 'u32')}, {ex})", self.tag(i.type), ex)
+        self.put(i.operands[0], f"g.redux({kind!r}, {v}, {self.src(i.operands[2], 'u32')}, {ex}, {self.site})", self.tag(i.type), ex)
 
     def i_match(self, i: Instruction) -> None:
         if "any" not in i.op:
@@ -991,7 +996,7 @@ class _Emitter:
 
     def i_bar(self, i: Instruction) -> None:
         if "warp" in i.op:
-            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)}, {self.at})")
+            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)}, {self.site})")
         if "arrive" in i.op:
             ids, count = (self.src(o, "u32", True) for o in i.operands[:2])
             return self.say(f"g.arrive({ids}, {count}, {self.execute(i)})")
@@ -1041,6 +1046,8 @@ class _Emitter:
         if op[0] == "bra":
             target = self.p.labels[end.operands[0]]
             if not end.guard:
+                if target <= self.index:
+                    self.say(f"g.m.report.repeated.add({self.index})")
                 return self.say(f"g.goto({target}, m)")
             p = self.reg(end.guard, "pred")
             return self.say(f"g.branch({'~' if end.negated else ''}{p}, {target}, {after}, m)")

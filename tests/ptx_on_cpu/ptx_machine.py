@@ -14,16 +14,15 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, product
 
 import numpy as np
 
 from ptx_code import Translator
-from ptx_program import WIDTH, Block, Module, Program, PtxError
+from ptx_program import WIDTH, Module, Program, PtxError
 
-__all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Sparse", "Traffic"]
+__all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Site", "Sparse", "Traffic"]
 
 ORDERS = ("lockstep", "warps", "warps-reverse")
 BASE = 0x7F00_0000_0000  # of global memory
@@ -37,6 +36,10 @@ FUEL = 3_000_000  # basic blocks; a kernel that spins ends here
 _MANY_WARP, _MANY = np.int64(1 << 10), np.int64(1 << 11)
 _MANY_BLOCKS = np.int64(1 << 12)
 _EPOCH_AT, _BLOCK_AT = 30, 46
+
+
+Site = tuple[int, int]
+"""An instruction: its block, its place there; -1 for the one that ends the block."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,12 @@ class Launch:
     """Thread instructions issued, predicated off or not."""
     barriers: int = 0
     races: list[str] = field(default_factory=list)
-    sites: set[int] = field(default_factory=set)
-    """Blocks whose barrier, warp barrier or wait for copies was executed."""
+    sites: set[Site] = field(default_factory=set)
+    """Barriers, warp barriers, waits for copies, shuffles and accesses under a predicate that were executed."""
+    masked: set[Site] = field(default_factory=set)
+    """Accesses that a predicate kept some lane from."""
+    repeated: set[int] = field(default_factory=set)
+    """Blocks whose branch back was taken: loops that went round again."""
 
 
 class Kernel:
@@ -87,23 +94,6 @@ class Kernel:
         self.program: Program = module.program(name)
         self.translator = Translator(self.program)
         self.granules = {space: self._granule(space) for space in ("global", "shared")}
-
-    def mutant(self, block: int, at: int | None = None, *, guard: bool = False) -> Kernel:
-        """A copy without the barrier that ends a block, or without one instruction of it, or without that one's predicate."""
-        program = copy(self.program)
-        program.blocks = list(program.blocks)
-        b = program.blocks[block]
-        if at is None:
-            program.blocks[block] = Block(b.body, None)
-        elif guard:
-            body = list(b.body)
-            body[at] = replace(body[at], guard="", negated=False)
-            program.blocks[block] = Block(body, b.end)
-        else:
-            program.blocks[block] = Block(b.body[:at] + b.body[at + 1 :], b.end)
-        made = copy(self)
-        made.program, made.translator = program, Translator(program)
-        return made
 
     def _granule(self, space: str) -> int:
         """The least bytes of an access: races are looked for at this grain."""
@@ -129,6 +119,7 @@ class Kernel:
         count: bool = False,
         blocks: Iterable[tuple[int, int, int]] | None = None,
         names: Sequence[str] = (),
+        without: Site | None = None,
     ) -> Launch:
         """Runs the grid and writes results into the arrays.
 
@@ -141,6 +132,7 @@ class Kernel:
             replicas: several lanes may write one word if their float32 differ in the last bits only. Triton keeps copies of a value
                 in many lanes; a sum of products ends in an fma on one of two lanes that exchange halves, so copies may differ.
             blocks: run only these blocks of the grid.
+            without: leave out this barrier, warp barrier, wait or shuffle, or this access's predicate: a mutant.
             names: of the buffers in `traffic`, in the order of args and memory; parameter names without it.
         """
         if order not in ORDERS:
@@ -154,7 +146,7 @@ class Kernel:
         if self.program.shared_bytes + shared > 227 * 1024:
             raise PtxError(f"{self.program.shared_bytes + shared} bytes of shared memory cannot be launched")
         machine = _Machine(self, grid, block, args, shared, order, list(memory), races, count, names)
-        machine.replicas = replicas
+        machine.replicas, machine.without = replicas, without
         which = iter(blocks) if blocks is not None else ((x, y, z) for z, y, x in product(*map(range, reversed(grid))))
         step = max(1, LANES // (-(-threads // 32) * 32))
         while some := list(islice(which, step)):
@@ -279,6 +271,8 @@ class _Group:
             self.pc[mask] = b
 
     def branch(self, taken, target, other, mask) -> None:
+        if target < other and (taken if mask is None else taken & mask).any():
+            self.m.report.repeated.add(other - 1)
         if mask is None:
             k = int(np.count_nonzero(taken))
             if k == self.n:
@@ -311,7 +305,9 @@ class _Group:
 
     def wait(self, b, bar_id, count, value, mask) -> None:
         here = mask
-        self.m.report.sites.add(b)
+        self.m.report.sites.add((b, -1))
+        if self.m.without == (b, -1):
+            return self.goto(b + 1, mask)
         self.spread()
         if here is None:
             here = np.ones(self.n, bool)
@@ -342,7 +338,17 @@ class _Group:
 
     # Memory -------------------------------------------------------------------------------------------------------------
 
-    def ld(self, a, offset, size, count, kind, space, mask, olds):
+    def guarded(self, mask, base, site):
+        """The lanes of an access under a predicate, of those in `base`."""
+        m = self.m
+        if m.without == site:
+            return base
+        m.report.sites.add(site)
+        if site not in m.report.masked and not (mask.all() if base is None else (mask == base).all()):
+            m.report.masked.add(site)
+        return mask
+
+    def ld(self, a, offset, size, count, space, mask, olds):
         """`count` values of `size` bytes at address a + offset, as unsigned vectors; lanes outside mask keep `olds`."""
         memory, at, lanes = self.find(a, offset, size * count, space, mask, False)
         if lanes is None:
@@ -490,8 +496,10 @@ class _Group:
     def commit(self) -> None:
         self.async_queue.append("commit")
 
-    def wait_group(self, keep: int, everything: bool, site: int) -> None:
+    def wait_group(self, keep: int, everything: bool, site: Site) -> None:
         self.m.report.sites.add(site)
+        if self.m.without == site:
+            return
         queue = self.async_queue
         while queue and (everything or queue.count("commit") > keep):
             job = queue.pop(0)
@@ -523,8 +531,11 @@ class _Group:
             i = int(np.nonzero(bad)[0][0])
             raise PtxError(f"{what}: mask {int(want[i]):#x}, but lanes {int(have[i]):#x} are here (divergence)")
 
-    def shfl(self, kind, v, b, c, member, mask):
+    def shfl(self, kind, v, b, c, member, mask, site):
         """(values, in range)"""
+        self.m.report.sites.add(site)
+        if self.m.without == site:
+            return v, np.ones(self.n, bool)
         self.lanes_of_mask(member, mask, "shfl.sync")
         lane = self.lane
         b = np.asarray(b, np.int64) & 31
@@ -566,7 +577,10 @@ class _Group:
             return self.ballot(~p, mask) == 0
         return (self.ballot(p, mask) == 0) | (self.ballot(~p, mask) == 0)
 
-    def redux(self, kind, v, member, mask):
+    def redux(self, kind, v, member, mask, site):
+        self.m.report.sites.add(site)
+        if self.m.without == site:
+            return v
         self.lanes_of_mask(member, mask, "redux.sync")
         here = np.ones(self.n, bool) if mask is None else mask
         out = v.copy()
@@ -591,6 +605,8 @@ class _Group:
 
     def warp_barrier(self, member, mask, site) -> None:
         self.m.report.sites.add(site)
+        if self.m.without == site:
+            return
         self.lanes_of_mask(member, mask, "bar.warp.sync")
         if self.m.races:
             step = np.int64(1) << 13
@@ -792,7 +808,7 @@ class _Machine:
 
     def __init__(self, kernel, grid, block, args, dynamic, order, memory, races, count, names):
         self.kernel, self.grid, self.block, self.order = kernel, grid, block, order
-        self.races, self.count, self.replicas = races, count, False
+        self.races, self.count, self.replicas, self.without = races, count, False, None
         self.threads = block[0] * block[1] * block[2]
         self.warps = -(-self.threads // 32)
         program = kernel.program

@@ -26,6 +26,8 @@ class Instruction:
     guard: str = ""
     """Name of the predicate register, or empty."""
     negated: bool = False
+    line: str = ""
+    """Where it comes from: "file:line", and of inlined functions "<file:line" of the caller."""
 
     @property
     def type(self) -> str:
@@ -72,6 +74,7 @@ def is_warp_sync(i: Instruction) -> bool:
 
 
 def _uncomment(text: str) -> str:
+    text = re.sub(r"// (begin|end) inline asm", r".pragma \1", text)  # its lines count on from the statement's
     return re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", text), flags=re.S)
 
 
@@ -138,6 +141,8 @@ class _Builder:
 
     def __init__(self, text: str):
         self.text = text
+        self.files = {m[1]: m[2] for m in re.finditer(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text)}
+        self.line, self.inline = "", False
         self.registers: dict[str, int] = {}
         self.widths: list[int] = []
         self.labels: dict[str, int] = {}
@@ -184,8 +189,13 @@ class _Builder:
                 yield ":", m[1]
                 at = m.end()
                 continue
-            m = re.compile(r"\.(loc|file|pragma)\b[^\n;]*;?").match(body, at)
+            m = re.compile(r"\.(loc|file|pragma)\b([^\n;]*);?").match(body, at)
             if m:
+                if m[1] == "pragma":
+                    self.inline = m[2].strip() == "begin"
+                if m[1] == "loc" and not self.inline:
+                    places = re.findall(r"(?:^|inlined_at)\s*(\d+)\s+(\d+)\s+\d+", m[2])
+                    self.line = "<".join(f"{self.files.get(file, file)}:{line}" for file, line in places)
                 at = m.end()
                 continue
             end = body.find(";", at)
@@ -279,7 +289,7 @@ class _Builder:
         if not m:
             raise NotImplementedError(original)
         negated, guard, op, rest = m[1] == "!", m[2] or "", m[3].replace("::cta", "").split("."), split_operands(m[4])
-        i = Instruction(op, rest, original, guard, negated)
+        i = Instruction(op, rest, original, guard, negated, self.line)
         if op[0] == "call":
             return self.call(i, prefix)
         if op[0] == "ret" and leave:

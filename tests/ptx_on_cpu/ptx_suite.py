@@ -2,6 +2,10 @@
 
 `emulated(Emulator(...))` lets every memcore operator that has such kernels run on them, on CPU tensors. Each launch runs in several
 orders from the same state; the results must agree bit for bit.
+
+A new operator needs an entry in tests/cases.py and nothing here: its kernels are found by their files, kernels/<op>/triton.py with
+<op>_fwd and <op>_bwd, csrc/cuda/<op>.cu, and its launches through the hooks of kernels/_triton.py and csrc/cuda/mc_device.h. The contract,
+the mutants and the counted traffic then run over its samples; `ptx_traffic.py` and `ptx_mutants.py NAME` add it to the committed tables.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptx_machine import ORDERS, Kernel, Launch, PtxError, Sparse
+from ptx_machine import ORDERS, Kernel, Launch, PtxError, Site
 from ptx_program import Module
 
 __all__ = ["Emulator", "Record", "emulated", "missing", "nvcc_ptx", "nvcc_version", "operators", "triton_kernel"]
@@ -158,19 +162,20 @@ class Record:
     memory: list | None = None
     before: list[np.ndarray] | None = None
     after: list[np.ndarray] | None = None
+    replicas: bool = False
 
-    def arrays(self) -> list[np.ndarray]:
-        return [a for a in (*self.args, *self.memory) if isinstance(a, np.ndarray)]
-
-    def caught(self, kernel: Kernel, orders: tuple[str, ...] = ORDERS, replicas: bool = False) -> str:
-        """How a changed kernel shows when the launch is run again; empty if it does not."""
-        arrays = self.arrays()
+    def caught(self, without: Site, orders: tuple[str, ...] = ORDERS, races: bool = True) -> str:
+        """How the launch, run again without one barrier, shuffle or mask, shows that it is wrong; empty if it does not."""
+        arrays = [a for a in (*self.args, *self.memory) if isinstance(a, np.ndarray)]
         try:
             for order in orders:
                 for a, b in zip(arrays, self.before):
                     a[...] = b
                 try:
-                    kernel.launch(self.grid, (self.threads, 1, 1), self.args, self.shared, order=order, memory=self.memory, races=order == "lockstep", replicas=replicas)
+                    self.kernel_object.launch(
+                        self.grid, (self.threads, 1, 1), self.args, self.shared, order=order, memory=self.memory,
+                        races=races and order == "lockstep", replicas=self.replicas, without=without,
+                    )  # fmt: skip
                 except PtxError as e:
                     return str(e)
                 if any(not np.array_equal(a, b) for a, b in zip(arrays, self.after)):
@@ -213,6 +218,7 @@ class Emulator:
                 record = Record(op, way, kernel.program.name, tuple(grid), threads, shared, report)
                 if self.keep:
                     record.kernel_object, record.args, record.memory, record.before, record.after = kernel, args, memory, before, first
+                    record.replicas = self.backend == "triton"
                 self.records.append(record)
             else:
                 for name, a, b in zip([*names, *[""] * len(arrays)], arrays, first):
