@@ -48,10 +48,10 @@ template <bool SPILL> struct Arena {
     const int64_t bytes = (n * (int64_t)sizeof(X) + 15) / 16 * 16;
     if (!SPILL || used + bytes <= room) {
       used += bytes;
-      return (X*)(shared + used - bytes);
+      return MC_ARRAY(X, shared + used - bytes, n);
     }
     spilled += bytes;
-    return (X*)(workspace + spilled - bytes);
+    return MC_ARRAY(X, workspace + spilled - bytes, n);
   }
 };
 

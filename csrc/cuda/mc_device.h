@@ -5,6 +5,7 @@
 //   mc_shared_limit(device)                                            bytes of shared memory a block may have
 //   MC_KERNEL                                                          heads a kernel's definition
 //   MC_DYN_SHARED(name)                                                the block's dynamic shared memory, a char*, 16-byte aligned
+//   MC_ARRAY(X, at, n)                                                 n X of the block's from address `at` on
 #pragma once
 
 #include <stdint.h>
@@ -21,6 +22,7 @@
 #define MC_DYN_SHARED(name)                                 \
   extern __shared__ __align__(16) char mc_dynamic_shared[]; \
   char* name = mc_dynamic_shared
+#define MC_ARRAY(X, at, n) ((X*)(at))
 
 template <class A>
 inline int64_t mc_launch(void (*kernel)(A), int64_t blocks, int threads, int64_t shared, int64_t device, void* stream, const A& args) {

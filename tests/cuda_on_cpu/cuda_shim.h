@@ -42,11 +42,10 @@
 #endif
 #ifdef MC_TSAN
 #include <sanitizer/tsan_interface.h>
-#define MC_NOTSAN __attribute__((no_sanitize("thread"), noinline))
+#define MC_NOTSAN __attribute__((no_sanitize("thread"), noinline)) inline
 #else
 #define MC_NOTSAN inline
 #endif
-#define MC_NOTSAN_INL MC_NOTSAN
 
 #define __global__
 #define __device__
@@ -123,6 +122,8 @@ struct Block {
   size_t stkbytes;
   SharedVar sv[64];
   int nsv;
+  SharedVar arrays[64];
+  int narrays;
   char* dyn;
   size_t dynbytes;
   int barres;
@@ -132,7 +133,7 @@ struct Block {
   int haserr;
 #ifdef MC_TSAN
   void* mainfiber;
-  char token, bartok[2], wtok[32][2];
+  char *bartok, *wtok;  // of this block alone, two each, in turn: else one block's barriers would order another's accesses
   unsigned phase, wphase[32];
   char* arena;
   size_t arenaused;
@@ -155,9 +156,9 @@ inline char g_fence;
 inline char g_done;
 #endif
 
-MC_NOTSAN_INL Fiber* cur() { return g_cur; }
-MC_NOTSAN_INL Block* blk() { return g_blk; }
-MC_NOTSAN_INL uint32_t rnd() {
+MC_NOTSAN Fiber* cur() { return g_cur; }
+MC_NOTSAN Block* blk() { return g_blk; }
+MC_NOTSAN uint32_t rnd() {
   g_rng ^= g_rng << 13; g_rng ^= g_rng >> 7; g_rng ^= g_rng << 17;
   return uint32_t(g_rng >> 16);
 }
@@ -191,7 +192,7 @@ mcshim_switch:
 #endif
 
 namespace mcshim {
-#if defined(MC_ASAN) || defined(MC_TSAN)
+#if defined(MC_ASAN)
 constexpr size_t kStack = 256 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
@@ -268,12 +269,12 @@ MC_NOTSAN int block_barrier(Site s, int op, int v) {
   Block* b = g_blk;
 #ifdef MC_TSAN
   unsigned ph = b->phase & 1;
-  __tsan_release(&b->bartok[ph]);
+  __tsan_release(b->bartok + 8 * ph);
 #endif
   me->site = s; me->barop = op; me->barval = v; me->kind = BARRIER;
   to_main();
 #ifdef MC_TSAN
-  __tsan_acquire(&b->bartok[ph]);
+  __tsan_acquire(b->bartok + 8 * ph);
 #endif
   return b->barres;
 }
@@ -286,12 +287,12 @@ MC_NOTSAN uint64_t warp_op(WOp op, unsigned mask, uint64_t val, int src, Site s)
 #ifdef MC_TSAN
   Block* b = g_blk;
   unsigned w = me->lin >> 5, ph = b->wphase[w] & 1;
-  __tsan_release(&b->wtok[w][ph]);
+  __tsan_release(b->wtok + 16 * w + 8 * ph);
 #endif
   me->op = op; me->mask = mask; me->val = val; me->src = src; me->site = s; me->kind = WARP;
   to_main();
 #ifdef MC_TSAN
-  __tsan_acquire(&b->wtok[w][ph]);
+  __tsan_acquire(b->wtok + 16 * w + 8 * ph);
 #endif
   return me->res;
 }
@@ -378,6 +379,24 @@ MC_NOTSAN void* shared_var(const void* key, size_t n) {
 MC_NOTSAN void* dyn_shared() {
   if (!g_blk->dyn) fail("dynamic shared memory used, but the launch asked for 0 bytes");
   return g_blk->dyn;
+}
+
+// Under ASan an array laid out at `at` lies in memory of its own, so that one element too far is not the next array's first. The place it
+// would have had must be the block's.
+MC_NOTSAN void* array(char* at, size_t n) {
+#ifdef MC_ASAN
+  Block* b = g_blk;
+  if (!b || !n) return at;
+  for (int i = 0; i < b->narrays; ++i) if (b->arrays[i].key == at) return b->arrays[i].p;
+  if (b->narrays == 64) fail("more than 64 arrays in one kernel");
+  const volatile char *first = at, *last = at + n - 1;
+  (void)*first, (void)*last;  // ASan looks
+  b->arrays[b->narrays] = {at, shared_alloc(n), n};
+  return b->arrays[b->narrays++].p;
+#else
+  (void)n;
+  return at;
+#endif
 }
 
 // ---------------------------------------------------------------- launch
@@ -486,10 +505,10 @@ template <class F> MC_NOTSAN void launch(dim3 grid, dim3 block, size_t smem, F b
     size_t id = g_sched == 1 ? nb - 1 - q : g_sched == 2 ? (q * 7919 + off) % nb : q;
     if (g_sched == 2 && nb % 7919 == 0) id = q;
     b->bid = {unsigned(id % grid.x), unsigned(id / grid.x % grid.y), unsigned(id / grid.x / grid.y)};
-    b->live = b->n; b->nsv = 0; b->dynbytes = smem;
+    b->live = b->n; b->nsv = b->narrays = 0; b->dynbytes = smem;
 #ifdef MC_TSAN
     b->arena = (char*)mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    b->arenaused = 0;
+    b->bartok = b->arena, b->wtok = b->arena + 16, b->arenaused = 16 + 32 * 16;
 #endif
     b->dyn = smem ? shared_alloc(smem) : nullptr;
 #ifdef MC_TSAN
@@ -509,6 +528,7 @@ template <class F> MC_NOTSAN void launch(dim3 grid, dim3 block, size_t smem, F b
     munmap(b->arena, kArena);
 #endif
     for (int i = 0; i < b->nsv; ++i) shared_free(b->sv[i].p, b->sv[i].n);
+    for (int i = 0; i < b->narrays; ++i) shared_free(b->arrays[i].p, b->arrays[i].n);
     shared_free(b->dyn, smem);
   }
 #ifdef MC_TSAN
@@ -752,6 +772,7 @@ template <unsigned N, class T, class Op> T reduce(const thread_block_tile<N>& g,
 namespace mcshim { template <class T> struct id { using t = T; }; }
 #define MC_KERNEL inline void
 #define MC_DYN_SHARED(name) char* name = static_cast<char*>(mcshim::dyn_shared())
+#define MC_ARRAY(X, at, n) static_cast<X*>(mcshim::array(at, size_t(n) * sizeof(X)))
 
 namespace mcshim {
 inline int64_t g_shared_limit = 227 * 1024;

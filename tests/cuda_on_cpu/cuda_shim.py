@@ -5,7 +5,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from memcore import _backend, functional
 
 import shim_build
 
-__all__ = ["Launch", "load", "operators", "recorded", "schedule", "shared_limit", "use"]
+__all__ = ["LIMIT", "Launch", "kernels", "load", "operators", "recorded", "schedule", "shared_limit", "use", "watched"]
 
 _RECORDER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 _definitions = torch.library.Library("memcore", "FRAGMENT")
@@ -109,20 +109,41 @@ class _Kernels(torch.autograd.Function):
         ctx.op, ctx.rest = op, args[tensors:]
         ctx.save_for_backward(*args[:tensors])
         ctx.set_materialize_grads(False)
-        return _raw(op, "fwd_cuda")(*args)
+        return _call(op, "fwd", args)
 
     @staticmethod
     def backward(ctx, *grads):
         again = torch.is_grad_enabled()
-        bwd = getattr(torch.ops.memcore, f"{ctx.op}_bwd").default if again else _raw(ctx.op, "bwd_cuda")
-        found = bwd(*grads, *ctx.saved_tensors, *ctx.rest)
+        args = (*grads, *ctx.saved_tensors, *ctx.rest)
+        found = getattr(torch.ops.memcore, f"{ctx.op}_bwd").default(*args) if again else _call(ctx.op, "bwd", args)
         found = iter((found,) if isinstance(found, torch.Tensor) else found)
         out = [next(found) if name in _differentiable(ctx.op) else None for name in _tensor_names(ctx.op)]
         return None, None, *(g if t is not None else None for g, t in zip(out, ctx.saved_tensors)), *(None for _ in ctx.rest)
 
 
-def _raw(op: str, way: str):
-    return getattr(torch.ops.memcore, f"_{op}_{way}").default
+def kernels(op: str, way: str):
+    """The operator `_<op>_fwd_cuda` or `_<op>_bwd_cuda`."""
+    return getattr(torch.ops.memcore, f"_{op}_{way}_cuda").default
+
+
+_watcher = None
+
+
+def _call(op: str, way: str, args: tuple):
+    if _watcher is not None:
+        _watcher(op, way, args)
+    return kernels(op, way)(*args)
+
+
+@contextmanager
+def watched(watcher: Callable[[str, str, tuple], None]) -> Iterator[None]:
+    """Inside, `watcher(op, way, args)` comes before every call of the kernels that `use` makes."""
+    global _watcher
+    _watcher = watcher
+    try:
+        yield
+    finally:
+        _watcher = None
 
 
 @lru_cache(maxsize=None)

@@ -19,9 +19,15 @@ CUDA = ROOT / "csrc" / "cuda"
 OUT = ROOT / "build" / "cuda_on_cpu"
 
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-KERNEL = ["-x", "c++", "-O2", "-ftls-model=initial-exec"]
+CXX_KERNEL = ["-x", "c++", "-ftls-model=initial-exec"]
+KERNEL = [*CXX_KERNEL, "-O2"]
 GLUE = ["-O1", "-DMC_ON_CPU=1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
-SANITIZERS = {"address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "thread": ["-fsanitize=thread"]}
+SANITIZERS = {
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+# Leaks: a launch that is refused leaves its fibers where they are. History: of accesses long ago only the stack is lost.
+ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1:history_size=0"}
 
 
 def compiler() -> list[str] | None:
@@ -32,18 +38,18 @@ def compiler() -> list[str] | None:
     return next(([c] for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 
 
-def _headers() -> str:
+def _headers(folder: Path) -> str:
     """A digest of all headers that kernels and glue may include."""
     digest = hashlib.sha256()
-    for p in sorted([*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h")]):
+    for p in sorted([*folder.rglob("*.h"), *HERE.glob("*.h")]):
         digest.update(p.name.encode() + p.read_bytes())
     return digest.hexdigest()
 
 
-def compile_object(source: Path, flags: list[str], name: str | None = None) -> Path:
-    """The object file of `source`, compiled if there is none of the same contents, flags and headers."""
+def compile_object(source: Path, flags: list[str], name: str | None = None, headers: Path = ROOT / "csrc") -> Path:
+    """The object file of `source`, compiled if there is none of the same contents, flags and headers in the folder `headers`."""
     command = [*compiler(), *COMMON, *flags]
-    key = hashlib.sha256("\0".join([_headers(), torch.__version__, *command]).encode() + source.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([_headers(headers), torch.__version__, *command]).encode() + source.read_bytes()).hexdigest()[:16]
     obj = OUT / f"{name or source.name}.{key}.o"
     if not obj.exists():
         OUT.mkdir(parents=True, exist_ok=True)
@@ -83,3 +89,20 @@ def library() -> Path:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
     torch_lib = Path(torch.__file__).parent / "lib"
     return link("memcore_cuda.so", objects, ["-shared", f"-L{torch_lib}", "-ltorch_cpu", "-ldl"])
+
+
+def wrong_kernels(sanitizer: str | None = None) -> Path:
+    """An executable that runs one of the kernels in wrong_kernels.cpp, which each make one mistake."""
+    flags = SANITIZERS[sanitizer] if sanitizer else ["-O1"]
+    name = f"wrong-{sanitizer or 'plain'}"
+    return link(f"{name}.exe", [compile_object(HERE / "wrong_kernels.cpp", [*CXX_KERNEL, *flags], f"{name}.cpp")], flags)
+
+
+def driver(sanitizer: str, sources: Path = CUDA) -> Path:
+    """An executable of the kernels in `sources` under a sanitizer; it runs recorded calls (shim_calls.py)."""
+    flags = SANITIZERS[sanitizer]
+    files = [*sorted(p for p in sources.glob("*.cu") if p.name != "runtime.cu"), HERE / "shim_driver.cpp"]
+    compile_ = lambda p: compile_object(p, [*CXX_KERNEL, *flags], f"{sanitizer}.{p.name}", sources)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compile_, files))
+    return link(f"driver-{sanitizer}", objects, [*flags, "-rdynamic", "-ldl"])

@@ -1,0 +1,114 @@
+"""Calls of the CUDA launchers as a file, for drivers (shim_driver.cpp): sanitizers and mutants run outside Python."""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cuda_shim
+from contract import run
+
+__all__ = ["Call", "calls_of", "write"]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+@dataclass
+class Buffer:
+    """A tensor's bytes before (b"" for 0xFF throughout) and after, and the number of its type; -1 where the call does not return it."""
+
+    size: int
+    type: int
+    start: bytes
+    wanted: bytes = b""
+
+
+@dataclass
+class Call:
+    """One call of a launcher: its argument struct, in which (offset, buffer, offset into it) are addresses."""
+
+    label: str
+    op: str
+    launcher: str
+    limit: int
+    argument: bytes
+    links: list[tuple[int, int, int]] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+
+
+class _Made(TorchDispatchMode):
+    """The tensors that appear inside: outputs, workspaces, dense copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.tensors.append(out)
+        return out
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def _outputs(found) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def _record(label: str, limit: int, op: str, way: str, args: tuple) -> Call | None:
+    """The call, or None where it launches nothing."""
+    kernel = cuda_shim.kernels(op, way)
+    with cuda_shim.recorded() as launches, _Made() as made:
+        outputs = _outputs(kernel.redispatch(_CPU, *args))  # a redispatch passes the mode by, what it allocates does not
+    if not launches:
+        return None
+    # A launch's struct begins with what the launcher was given.
+    call = Call(f"{label} {way}", op, f"mc_{op}_{way}", limit, launches[0].argument)
+    known: dict[int, tuple[int, int]] = {}  # address -> (size, buffer)
+    results = {t.data_ptr(): y for t, y in zip(outputs, _outputs(kernel(*args)), strict=True)}
+    for t in [*(a for a in args if isinstance(a, Tensor)), *made.tensors]:
+        if not t.numel() or not t.is_contiguous() or t.data_ptr() in known:
+            continue
+        known[t.data_ptr()] = (t.nbytes, len(call.buffers))
+        wanted = results.get(t.data_ptr())
+        empty = t.is_floating_point() and bool(t.isnan().all())
+        call.buffers.append(
+            Buffer(t.nbytes, -1, b"" if empty else _bytes(t)) if wanted is None else Buffer(t.nbytes, _TYPES[t.dtype], b"", _bytes(wanted))
+        )
+    for at in range(0, len(call.argument) - 7, 8):
+        value = struct.unpack_from("<q", call.argument, at)[0]
+        for address, (size, buffer) in known.items():
+            if address <= value < address + size:
+                call.links.append((at, buffer, value - address))
+    return call
+
+
+def calls_of(case, sample, dtype: torch.dtype, limit: int = cuda_shim.LIMIT) -> list[Call]:
+    """Forward and backward of one sample, on a device whose blocks have `limit` bytes of shared memory."""
+    found: list[Call | None] = []
+    label = f"{case.name}-{sample.id}-{str(dtype)[6:]}" + (f"-shared_{limit}" if limit != cuda_shim.LIMIT else "")
+    with cuda_shim.use(), cuda_shim.shared_limit(limit):
+        with cuda_shim.watched(lambda op, way, args: found.append(_record(label, limit, op, way, args))):
+            run(case.function, case, sample, case.inputs(sample, dtype))
+    return [c for c in found if c is not None]
+
+
+def write(path: Path, calls: Iterable[Call]) -> None:
+    """The file that shim_driver.cpp reads."""
+    n = lambda *values: struct.pack(f"<{len(values)}q", *values)
+    text = lambda b: n(len(b)) + b
+    calls = list(calls)
+    with open(path, "wb") as f:
+        f.write(n(len(calls)))
+        for c in calls:
+            f.write(text(c.label.encode()) + text(c.launcher.encode()) + n(c.limit) + text(c.argument))
+            f.write(n(len(c.links)) + b"".join(n(*link) for link in c.links))
+            f.write(n(len(c.buffers)) + b"".join(n(b.size, b.type) + text(b.start) + text(b.wanted) for b in c.buffers))
