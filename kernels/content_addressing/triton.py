@@ -55,7 +55,7 @@ def any_usable(p_mask, i_b, N, BLOCK: tl.constexpr):
 def load_key(p_key, row, W, usable, BW: tl.constexpr):
     """Key [BW]; zero where nothing is usable, whatever it holds."""
     w = tl.arange(0, BW)
-    return tl.load(p_key + row * W + w, mask=(w < W) & usable, other=0).to(tl.float32)
+    return tl.load(p_key + row * W + w, mask=w < tl.where(usable, W, 0), other=0).to(tl.float32)
 
 
 @triton.jit
