@@ -287,12 +287,12 @@ MC_NOTSAN uint64_t warp_op(WOp op, unsigned mask, uint64_t val, int src, Site s)
 #ifdef MC_TSAN
   Block* b = g_blk;
   unsigned w = me->lin >> 5, ph = b->wphase[w] & 1;
-  __tsan_release(b->wtok + 16 * w + 8 * ph);
+  if (op == W_SYNC) __tsan_release(b->wtok + 16 * w + 8 * ph);  // votes and shuffles order no memory
 #endif
   me->op = op; me->mask = mask; me->val = val; me->src = src; me->site = s; me->kind = WARP;
   to_main();
 #ifdef MC_TSAN
-  __tsan_acquire(b->wtok + 16 * w + 8 * ph);
+  if (op == W_SYNC) __tsan_acquire(b->wtok + 16 * w + 8 * ph);
 #endif
   return me->res;
 }

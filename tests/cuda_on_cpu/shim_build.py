@@ -98,11 +98,14 @@ def wrong_kernels(sanitizer: str | None = None) -> Path:
     return link(f"{name}.exe", [compile_object(HERE / "wrong_kernels.cpp", [*CXX_KERNEL, *flags], f"{name}.cpp")], flags)
 
 
-def driver(sanitizer: str, sources: Path = CUDA) -> Path:
-    """An executable of the kernels in `sources` under a sanitizer; it runs recorded calls (shim_calls.py)."""
+def driver(sanitizer: str) -> Path:
+    """An executable of the kernels under a sanitizer, with the marks of mutants.py, all off; it runs recorded calls (shim_calls.py)."""
+    import mutants
+
+    sources = mutants.marked_sources()[0]
     flags = SANITIZERS[sanitizer]
     files = [*sorted(p for p in sources.glob("*.cu") if p.name != "runtime.cu"), HERE / "shim_driver.cpp"]
-    compile_ = lambda p: compile_object(p, [*CXX_KERNEL, *flags], f"{sanitizer}.{p.name}", sources)
+    compile_ = lambda p: compile_object(p, [*CXX_KERNEL, *flags], f"{sanitizer}.{p.name}", sources.parent)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compile_, files))
     return link(f"driver-{sanitizer}", objects, [*flags, "-rdynamic", "-ldl"])

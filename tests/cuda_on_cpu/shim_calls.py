@@ -10,12 +10,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_shim
+from cases import S, case, step, twist
 from contract import run
 
-__all__ = ["Call", "calls_of", "write"]
+__all__ = ["MORE", "Call", "calls_of", "write"]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+
+def _some_zeros(t: Tensor) -> None:
+    t[..., ::2] = 0
+
+
+# What the contract's samples leave out: more heads than a kernel takes at a time, nothing to choose from, powers below zero.
+MORE = [
+    *((case(op), S("H9", H=9, N=20)) for op in ("content_addressing", "ntm_addressing", "read", "erase_add_write", "lrua_write")),
+    (case("ntm_step"), step("r9_w5", 9, 5)),
+    (case("lrua_write"), S("N0", N=0)),
+    (case("sharpen"), S("gamma_negative", twist(weights=_some_zeros, gamma=-2.0), N=7)),
+]
 
 
 @dataclass

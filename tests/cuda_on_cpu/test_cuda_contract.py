@@ -7,6 +7,7 @@ import torch
 
 from cases import CASES, as_tuple, assert_close
 from contract import PAIRS, expected, run
+from shim_calls import MORE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPERATORS = cuda_shim.operators()
@@ -48,5 +49,12 @@ def test_orders(case, sample, order, backend):
 @pytest.mark.parametrize("limit", ["vectors", "nothing"])
 @pytest.mark.parametrize("case, sample", SAMPLES)
 def test_little_shared_memory(case, sample, limit, backend):
+    with cuda_shim.shared_limit(LIMITS[limit]):
+        check(case, sample, torch.float32)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("case, sample", [pytest.param(c, s, id=f"{c.name}-{s.id}") for c, s in MORE])
+def test_more_samples(case, sample, limit, backend):
     with cuda_shim.shared_limit(LIMITS[limit]):
         check(case, sample, torch.float32)

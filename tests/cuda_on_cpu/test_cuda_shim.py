@@ -33,6 +33,7 @@ SEEN = {
         "missing_barrier": "data race",
         "write_after_read": "data race",
         "missing_syncwarp": "data race",
+        "shuffle_for_syncwarp": "data race",
         "blocks_write_one_place": "data race",
         "block_reads_anothers": "data race",
     },

@@ -135,6 +135,14 @@ MC_KERNEL missing_syncwarp(Args a) {
   x[threadIdx.x] = a.from[threadIdx.x];
   a.to[blockIdx.x * kThreads + threadIdx.x] = x[threadIdx.x ^ 1];
 }
+// Lanes do meet in a shuffle, but what they wrote before need not be visible.
+MC_KERNEL shuffle_for_syncwarp(Args a) {
+  MC_DYN_SHARED(shared);
+  float* x = MC_ARRAY(float, shared, kThreads);
+  x[threadIdx.x] = a.from[threadIdx.x];
+  const float v = __shfl_xor_sync(kFull, 0.f, 1);
+  a.to[threadIdx.x] = x[threadIdx.x ^ 1] + v;
+}
 // Both after a barrier: one block's must not order the other's.
 MC_KERNEL blocks_write_one_place(Args a) {
   __syncthreads();
@@ -151,7 +159,7 @@ const std::map<std::string, void (*)(Args)> kKernels = {
 #define K(name) {#name, &name}
     K(right), K(divergent_barrier), K(two_barriers), K(divergent_shuffle), K(not_in_own_mask), K(lane_outside_mask),
     K(uninitialised_shared), K(missing_barrier), K(missing_wait), K(past_global), K(before_global), K(past_shared), K(past_array),
-    K(array_past_shared), K(past_local), K(misaligned), K(write_after_read), K(missing_syncwarp), K(blocks_write_one_place),
+    K(array_past_shared), K(past_local), K(misaligned), K(write_after_read), K(missing_syncwarp), K(shuffle_for_syncwarp), K(blocks_write_one_place),
     K(block_reads_anothers),
 #undef K
 };

@@ -1,0 +1,139 @@
+"""Mutation of the CUDA source: without any one of its barriers, masks and bounds (mutants.py) a recorded call of the contract goes wrong, in its
+result, in the shim, under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer. `--slow` tries every mutant and writes
+results/gpu/cuda_mutants.json; without it, one of each kind in each file.
+"""
+
+import json
+import os
+import subprocess
+import zlib
+from collections import defaultdict
+
+import cuda_shim
+import mutants
+import pytest
+import shim_build
+import shim_calls
+import torch
+
+from cases import CASES
+from test_cuda_sanitizers import LIMITS
+
+RESULTS = shim_build.ROOT / "results" / "gpu" / "cuda_mutants.json"
+MUTANTS = mutants.marked_sources()[1]
+_TURN = "one turn more of a loop, in which every access is masked"
+# (file, kind, text): why it changes nothing.
+HARMLESS = {
+    ("addressing.h", "loop", "w0 < s.W"): _TURN,
+    ("addressing.h", "loop", "h0 < s.H"): _TURN,
+    ("addressing.h", "loop", "first < s.N"): _TURN,
+    ("block.h", "loop", "first < N"): _TURN,
+    ("block.h", "loop", "h0 < H"): _TURN,
+    ("content_addressing.cu", "loop", "h0 < s.H"): _TURN,
+    ("lrua_write.cu", "loop", "w0 < W"): _TURN,
+    ("lrua_write.cu", "loop", "h0 < H"): _TURN,
+    ("lrua_write.cu", "loop", "first < N"): _TURN,
+    ("write.h", "loop", "w0 < a.W"): _TURN,
+    ("write.h", "loop", "r0 < a.R"): _TURN,
+    ("write.h", "loop", "first < a.N"): _TURN,
+    ("write.h", "loop", "h0 < a.Hw"): _TURN,
+    ("write.h", "loop", "h0 < a.R"): _TURN,
+    ("block.h", "loop", "k < K"): "k < count <= K stops it",
+    ("block.h", "guard", "k < count"): "sums nobody takes, in scratch that is there for K of them",
+    ("block.h", "guard", "warps > 1"): "a barrier of the block where the warp's is enough",
+    ("write.h", "guard", "a.R > 0"): "sums of no read heads: only barriers",
+    ("write.h", "guard", "h0 < a.Hw"): "sums of no write heads: only barriers",
+    ("interface.h", "loop", "j < l.S"): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
+    ("block.h", "barrier", "__syncthreads()"): "in `staged`: who calls it goes on to another barrier",
+    ("lrua_write.cu", "barrier", "__syncthreads()"): "before the last loop: summing down the columns has had one",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("mutants") / "calls")
+
+
+class Lab:
+    """Recorded calls, the drivers, and which calls reach which mark."""
+
+    def __init__(self, path):
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True)
+        pairs = [(c, s) for c in CASES if c.name in cuda_shim.operators() for s in c.samples] + shim_calls.MORE
+        self.calls = [
+            call
+            for case, sample in pairs
+            for limit in (LIMITS if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
+            for call in shim_calls.calls_of(case, sample, torch.float32, limit)
+        ]
+        self.path = path
+        shim_calls.write(path, self.calls)
+        self.drivers = {s: shim_build.driver(s) for s in shim_build.SANITIZERS}
+        self.reached = defaultdict(list)
+        said = self.run("address", -1, range(len(self.calls)))[1]
+        for line in said.splitlines():
+            assert line.startswith("reached"), said
+            call, *marks = map(int, line.split()[1:])
+            for k in marks:
+                self.reached[k].append(call)
+
+    def run(self, sanitizer, mutant, calls, order="forward"):
+        command = [str(self.drivers[sanitizer]), str(self.path), "--mutant", str(mutant), *(x for c in calls for x in ("--call", str(c)))]
+        env = {**os.environ, **shim_build.ENVIRONMENT, "MC_SHIM_SCHED": order}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        except subprocess.TimeoutExpired:
+            return 1, "never ends"
+        return done.returncode, done.stdout + done.stderr
+
+    def killer(self, mutant) -> str:
+        """What tells the mutant from the kernel; empty if nothing does."""
+        calls = sorted(self.reached[mutant.number], key=lambda i: sum(b.size for b in self.calls[i].buffers))
+        if not calls:
+            return ""
+        launchers = {self.calls[i].launcher: i for i in reversed(calls)}
+        first = sorted(launchers.values())  # the smallest call of each launcher
+        some = calls[:: max(1, len(calls) // 12)]
+        for sanitizer, order, chosen in (
+            ("address", "forward", first), ("address", "forward", calls), ("thread", "forward", first[:3]), ("thread", "forward", some),
+            ("address", "reverse", calls), ("address", "random:1", calls),
+        ):  # fmt: skip
+            code, said = self.run(sanitizer, mutant.number, chosen, order)
+            if code:
+                names = {
+                    "ThreadSanitizer": "data race", "AddressSanitizer": "address", "runtime error": "undefined behaviour",
+                    "refused": "refused by the shim", "result": "result", "never ends": "never ends",
+                }  # fmt: skip
+                return next((v for k, v in names.items() if k in said), f"exit status {code}") + ("" if order == "forward" else f", {order}")
+        return ""
+
+
+def harmless(m) -> str | None:
+    return HARMLESS.get((m.file, m.kind, m.text))
+
+
+def quick():
+    groups = defaultdict(list)
+    for m in MUTANTS:
+        if not harmless(m):
+            groups[m.file, m.kind].append(m)
+    return [min(g, key=lambda m: zlib.crc32(str(m).encode())) for g in groups.values()]
+
+
+@pytest.mark.parametrize("mutant", quick(), ids=str)
+def test_mutant_is_killed(mutant, lab):
+    assert lab.killer(mutant)
+
+
+def test_what_is_harmless_is_there():
+    assert set(HARMLESS) <= {(m.file, m.kind, m.text) for m in MUTANTS}
+
+
+@pytest.mark.slow
+def test_every_mutant_is_killed(lab):
+    verdicts = {str(m): lab.killer(m) for m in MUTANTS}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    told = {str(m): verdicts[str(m)] or f"harmless: {harmless(m)}" for m in MUTANTS}
+    RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+    assert [str(m) for m in MUTANTS if not verdicts[str(m)] and not harmless(m)] == []
