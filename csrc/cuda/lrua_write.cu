@@ -121,8 +121,8 @@ template <class T, bool SPILL> MC_KERNEL lrua_write_bwd_kernel(LruaLaunch launch
       cols.sum(acc, least(HC, H - h0), w0, W, block.scratch, [&](int j, int at, float x) { dword[(int64_t)(h0 + j) * W + at] = narrow<T>(x); });
     }
   }
-  __syncthreads();
 
+  // dweights are visible: each of the sums above began with a barrier.
   Team team(H, block.slots);
   for (int h0 = 0; h0 < H; h0 += team.count) {
     const int h = h0 + team.index, count = h < H ? N : 0;

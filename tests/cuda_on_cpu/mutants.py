@@ -33,6 +33,7 @@ class Mutant:
     file: str
     line: int
     text: str
+    source: str
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} {self.kind}: {self.text}"
@@ -100,7 +101,8 @@ def marked_sources() -> tuple[Path, list[Mutant]]:
         sites = [] if source.parent != shim_build.CUDA or source.name in ("mc_device.h", "glue.h") else sorted(_sites(text), key=lambda s: s[1])
         out, at = [], 0
         for kind, start, end, instead in sites:
-            found.append(Mutant(len(found) + 1, kind, source.name, text.count("\n", 0, start) + 1, " ".join(text[start:end].split())))
+            line = text.count("\n", 0, start)
+            found.append(Mutant(len(found) + 1, kind, source.name, line + 1, " ".join(text[start:end].split()), text.splitlines()[line].strip()))
             out += [text[at:start], instead.format(k=found[-1].number)]
             at = end
         if sites:

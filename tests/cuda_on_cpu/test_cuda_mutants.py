@@ -22,30 +22,30 @@ from test_cuda_sanitizers import LIMITS
 RESULTS = shim_build.ROOT / "results" / "gpu" / "cuda_mutants.json"
 MUTANTS = mutants.marked_sources()[1]
 _TURN = "one turn more of a loop, in which every access is masked"
-# (file, kind, text): why it changes nothing.
+# (file, kind, text, what else its line holds): why it changes nothing.
 HARMLESS = {
-    ("addressing.h", "loop", "w0 < s.W"): _TURN,
-    ("addressing.h", "loop", "h0 < s.H"): _TURN,
-    ("addressing.h", "loop", "first < s.N"): _TURN,
-    ("block.h", "loop", "first < N"): _TURN,
-    ("block.h", "loop", "h0 < H"): _TURN,
-    ("content_addressing.cu", "loop", "h0 < s.H"): _TURN,
-    ("lrua_write.cu", "loop", "w0 < W"): _TURN,
-    ("lrua_write.cu", "loop", "h0 < H"): _TURN,
-    ("lrua_write.cu", "loop", "first < N"): _TURN,
-    ("write.h", "loop", "w0 < a.W"): _TURN,
-    ("write.h", "loop", "r0 < a.R"): _TURN,
-    ("write.h", "loop", "first < a.N"): _TURN,
-    ("write.h", "loop", "h0 < a.Hw"): _TURN,
-    ("write.h", "loop", "h0 < a.R"): _TURN,
-    ("block.h", "loop", "k < K"): "k < count <= K stops it",
-    ("block.h", "guard", "k < count"): "sums nobody takes, in scratch that is there for K of them",
-    ("block.h", "guard", "warps > 1"): "a barrier of the block where the warp's is enough",
-    ("write.h", "guard", "a.R > 0"): "sums of no read heads: only barriers",
-    ("write.h", "guard", "h0 < a.Hw"): "sums of no write heads: only barriers",
-    ("interface.h", "loop", "j < l.S"): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
-    ("block.h", "barrier", "__syncthreads()"): "in `staged`: who calls it goes on to another barrier",
-    ("lrua_write.cu", "barrier", "__syncthreads()"): "before the last loop: summing down the columns has had one",
+    ("addressing.h", "loop", "w0 < s.W", ""): _TURN,
+    ("addressing.h", "loop", "h0 < s.H", ""): _TURN,
+    ("addressing.h", "loop", "first < s.N", ""): _TURN,
+    ("block.h", "loop", "first < N", ""): _TURN,
+    ("block.h", "loop", "h0 < H", ""): _TURN,
+    ("content_addressing.cu", "loop", "h0 < s.H", ""): _TURN,
+    ("lrua_write.cu", "loop", "w0 < W", ""): _TURN,
+    ("lrua_write.cu", "loop", "h0 < H", ""): _TURN,
+    ("lrua_write.cu", "loop", "first < N", ""): _TURN,
+    ("write.h", "loop", "w0 < a.W", ""): _TURN,
+    ("write.h", "loop", "r0 < a.R", ""): _TURN,
+    ("write.h", "loop", "first < a.N", ""): _TURN,
+    ("write.h", "loop", "h0 < a.Hw", ""): _TURN,
+    ("write.h", "loop", "h0 < a.R", ""): _TURN,
+    ("block.h", "loop", "k < K", ""): "k < count <= K stops it",
+    ("block.h", "guard", "k < count", ""): "sums nobody takes, in scratch that is there for K of them",
+    ("block.h", "guard", "warps > 1", ""): "a barrier of the block where the warp's is enough",
+    ("write.h", "guard", "a.R > 0", ""): "sums of no read heads: only barriers",
+    ("write.h", "guard", "h0 < a.Hw", ""): "sums of no write heads: only barriers",
+    ("interface.h", "loop", "j < l.S", "top = "): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
+    ("read.cu", "guard", "a.H > 8", ""): "room for rows that are not staged after all",
+    ("addressing.h", "guard", "h0 > 0", ""): "the memory's gradient once more, the same, by the same thread",
 }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ class Lab:
 
 
 def harmless(m) -> str | None:
-    return HARMLESS.get((m.file, m.kind, m.text))
+    return next((why for (*site, part), why in HARMLESS.items() if site == [m.file, m.kind, m.text] and part in m.source), None)
 
 
 def quick():
@@ -127,7 +127,7 @@ def test_mutant_is_killed(mutant, lab):
 
 
 def test_what_is_harmless_is_there():
-    assert set(HARMLESS) <= {(m.file, m.kind, m.text) for m in MUTANTS}
+    assert {k for k in HARMLESS if any(k[:3] == (m.file, m.kind, m.text) and k[3] in m.source for m in MUTANTS)} == set(HARMLESS)
 
 
 @pytest.mark.slow
@@ -136,4 +136,4 @@ def test_every_mutant_is_killed(lab):
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     told = {str(m): verdicts[str(m)] or f"harmless: {harmless(m)}" for m in MUTANTS}
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")
-    assert [str(m) for m in MUTANTS if not verdicts[str(m)] and not harmless(m)] == []
+    assert [str(m) for m in MUTANTS if not verdicts[str(m)]] == [str(m) for m in MUTANTS if harmless(m)]
