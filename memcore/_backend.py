@@ -121,7 +121,7 @@ class Preference:
 ROWS = ("interpolate", "circular_shift", "sharpen")
 LOOKS = ("content_addressing", "ntm_addressing", "read", "lrua_write")
 # The first line that names the operator (or its direction) and the shape holds. Nobody has timed these kernels on a GPU: the reasons are
-# numbers of launches, blocks and bytes, which tests/test_gpu_choice.py counts.
+# numbers of launches and blocks, which tests/gpu_on_cpu/test_gpu_choice.py counts, and what the kernels keep and where.
 GPU_TABLE = (
     Preference(
         ROWS, ("rows",), "native",

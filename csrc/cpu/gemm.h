@@ -22,16 +22,12 @@ template <class C> struct Packed {
   // Columns of the panel that begins at column n, and where it lies.
   MC_INLINE int64_t width(int64_t n) const { return Np - n < P ? Np - n : P; }
   MC_INLINE C* panel(int64_t n) const { return data + n * K; }
-  MC_INLINE void set(int64_t k, int64_t n, C x) {
-    const int64_t first = n / P * P;
-    panel(first)[k * width(first) + n - first] = x;
-  }
-  // From `rows` rows of [rows, N] at row k0 of this matrix.
-  void pack(const C* from, int64_t k0, int64_t rows) {
+  // From [K, N].
+  void pack(const C* from) {
     for (int64_t n = 0; n < Np; n += P) {
       const int64_t w = width(n), real = N - n < w ? N - n : w;
-      C* to = panel(n) + k0 * w;
-      for (int64_t k = 0; k < rows; k++, to += w) {
+      C* to = panel(n);
+      for (int64_t k = 0; k < K; k++, to += w) {
         copy(to, from + k * N + n, real);
         for (int64_t i = real; i < w; i++) to[i] = 0;
       }

@@ -31,7 +31,6 @@ struct SequenceArgs {
   MC_ALWAYS int64_t G() const { return lstm ? 4 * K : K; }  // a layer's sums
   // Inputs of layer l: the layer's own last output if it has one, and below it [x, .., reads] or the layer before.
   MC_ALWAYS int64_t D(int64_t l) const { return (lstm ? K : 0) + (l == 0 ? X + F() : K); }
-  MC_ALWAYS int64_t states() const { return lstm ? 2 * layers : 0; }
 
   // Batch elements whose controllers share one matrix product. It depends on shapes alone, so that results do not depend on threads.
   MC_ALWAYS int64_t group() const {

@@ -70,9 +70,9 @@ template <class C> struct Weights {
     };
     for (int64_t l = 0; l < a.layers; l++) {
       if (backward) layer[l].pack_transposed(p.weight[l]);
-      else layer[l].pack(p.weight[l], 0, a.D(l)), pad(bias[l], p.bias[l], a.G());
+      else layer[l].pack(p.weight[l]), pad(bias[l], p.bias[l], a.G());
     }
-    if (backward) interface.pack(p.interface, 0, a.I()), output.pack(p.output, 0, a.O);
+    if (backward) interface.pack(p.interface), output.pack(p.output);
     else interface.pack_transposed(p.interface), output.pack_transposed(p.output), pad(interface_bias, p.interface_bias, a.I()), pad(output_bias, p.output_bias, a.O);
   }
 };
@@ -85,7 +85,7 @@ template <class C> struct Sequence {
   const DeltaLayout deltas;
   Weights<C> weights;
   const InterfaceLayout l;
-  const int64_t H, I, K, F, G, M, S16, group;
+  const int64_t H, I, K, F, G, M, group;
   Addressing<C> s;
   Pieces<C> p, d;
   int64_t Np, Wp, rows_step;
@@ -95,7 +95,7 @@ template <class C> struct Sequence {
 
   Sequence(const SequenceArgs& args, bool backward)
       : a(args), saved(args), deltas(args), l{args.R, args.Hw, args.W, args.range}, H(args.H()), I(args.I()), K(args.K), F(args.F()), G(args.G()),
-        M(args.N * args.W), S16(args.states()), group(args.group()) {
+        M(args.N * args.W), group(args.group()) {
     s.sizes(H, a.N, a.W, a.range);
     Np = s.similar.Np, Wp = s.similar.Wp, rows_step = block_rows<C>(a.W);
     fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kFusedReads;
@@ -410,7 +410,7 @@ template <class C> struct Sequence {
           const int64_t b = b0 + i;
           const C* from = dbelow + i * Dp;
           const bool is = alive(t, b);
-          if (j == 0 && a.dinput) start((C*)a.dinput + (t * a.B + b) * a.X, is ? from : nullptr, 0, a.X);
+          if (j == 0) start((C*)a.dinput + (t * a.B + b) * a.X, is ? from : nullptr, 0, a.X);
           if (!is) continue;
           if (j == 0) from += a.X;
           C* h = dh + (j * group + i) * Kp;

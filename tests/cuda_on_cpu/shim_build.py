@@ -55,7 +55,7 @@ def compile_object(source: Path, flags: list[str], name: str | None = None, head
         OUT.mkdir(parents=True, exist_ok=True)
         for old in OUT.glob(f"{name or source.name}.*.o"):
             old.unlink(missing_ok=True)
-        partial = obj.with_suffix(f".{os.getpid()}")
+        partial = obj.with_name(f"{os.getpid()}.{obj.name}.part")  # no other process takes it for an old one
         done = subprocess.run([*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} -c {source}\n{done.stderr}")
@@ -69,7 +69,7 @@ def link(name: str, objects: list[Path], flags: list[str]) -> Path:
     if not out.exists():
         for old in OUT.glob(f"{name}.*"):
             old.unlink(missing_ok=True)
-        partial = out.with_suffix(f".{os.getpid()}")
+        partial = out.with_name(f"{os.getpid()}.{out.name}.part")
         done = subprocess.run([*compiler(), *map(str, objects), *flags, "-o", str(partial)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)

@@ -130,6 +130,12 @@ def test_what_is_harmless_is_there():
     assert {k for k in HARMLESS if any(k[:3] == (m.file, m.kind, m.text) and k[3] in m.source for m in MUTANTS)} == set(HARMLESS)
 
 
+def test_committed_verdicts_are_of_these_mutants():
+    told = json.loads(RESULTS.read_text())
+    assert told.keys() == {str(m) for m in MUTANTS}
+    assert {m for m, verdict in told.items() if verdict.startswith("harmless")} == {str(m) for m in MUTANTS if harmless(m)}
+
+
 @pytest.mark.slow
 def test_every_mutant_is_killed(lab):
     verdicts = {str(m): lab.killer(m) for m in MUTANTS}
