@@ -174,6 +174,9 @@ def main() -> None:
     torch.set_num_threads(1)
     only = sys.argv[1:]
     table = json.loads(COMMITTED.read_text()) if only else {"versions": versions(), "operators": {}}
+    if table["versions"] != versions() and not table["operators"].keys() <= set(only):
+        raise SystemExit(f"the table is of {table['versions']}, this is {versions()}: name all of {', '.join(table['operators'])}")
+    table["versions"] = versions()
     for case in CASES:
         if case.name in operators("triton") and (not only or case.name in only):
             every, places = tally(case, whole(case))
