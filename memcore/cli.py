@@ -49,6 +49,7 @@ TRAIN_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--schedule": ("schedule", {"choices": ("constant", "cosine"), "help": "of the learning rate (paper: constant)"}),
     "--clip-norm": ("clip_norm", {"type": "bound", "metavar": "X", "help": "bound of the gradient's norm, or none"}),
     "--clip-value": ("clip_value", {"type": "bound", "metavar": "X", "help": "bound of each gradient element, or none (paper: 10)"}),
+    "--keep": ("keep", {"choices": ("last", "best"), "help": "weights to end with: the last, or those with the lowest validation loss (last)"}),
     "--eval-every": ("eval_every", {"type": int, "metavar": "N", "help": "updates between rows of the learning curve (100)"}),
 }
 

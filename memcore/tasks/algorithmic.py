@@ -43,6 +43,14 @@ def _bits(*size: int, generator: torch.Generator | None) -> Tensor:
     return torch.randint(0, 2, size, generator=generator).float()
 
 
+def _share(where: str, name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"memcore.{where}: '{name}' must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"memcore.{where}: '{name}' must lie in 0..1, got {value}")
+    return float(value)
+
+
 def _sizes(
     fixed: int | None, least: int, most: int, batch_size: int, ragged: bool, generator: torch.Generator | None
 ) -> Tensor:
@@ -109,24 +117,27 @@ class RepeatCopy(BitTask):
     Args:
         bits: width of a vector.
         max_length, max_repeats: T ~ U{1..max_length} and R ~ U{1..max_repeats} in training.
+        blank: share of the vectors that training sets to zero. Fair bits make one vector of 256 look like the zeros that stand while
+            the copies are due, too few to learn from; the test settings have fair bits alone.
 
-    `sample` takes `length`, `repeats` (fixed T, R) and `ragged` (both for each item, padded, with `Batch.lengths`).
+    `sample` takes `length`, `repeats` (fixed T, R), `blank` and `ragged` (T and R for each item, padded, with `Batch.lengths`).
     """
 
     name = "repeat-copy"
     optimum = 0.0
 
-    def __init__(self, bits: int = 8, max_length: int = 10, max_repeats: int = 10) -> None:
+    def __init__(self, bits: int = 8, max_length: int = 10, max_repeats: int = 10, blank: float = 0.0) -> None:
         whole("tasks.repeat-copy", "bits", bits, 1)
         whole("tasks.repeat-copy", "max_length", max_length, 1)
         whole("tasks.repeat-copy", "max_repeats", max_repeats, 2)
         self.bits, self.max_length, self.max_repeats = bits, max_length, max_repeats
+        self.blank = _share("tasks.repeat-copy", "blank", blank)
         self.input_size, self.output_size = bits + 1, bits + 1
         self.guess = bits * (1 + max_length) / 2 * (1 + max_repeats) / 2
         self.defaults = _settings((1, 100, 1), (1, 100), 512, 1e-4, 3e-5)
         self.test_settings = {
-            "in range": {"ragged": True},  # a T and an R for each sequence
-            **{f"T={n},R={r}": {"length": n, "repeats": r} for n, r in ((10, 10), (20, 10), (10, 20))},
+            "in range": {"ragged": True, "blank": 0.0},  # a T and an R for each sequence
+            **{f"T={n},R={r}": {"length": n, "repeats": r, "blank": 0.0} for n, r in ((10, 10), (20, 10), (10, 20))},
         }
 
     def _draw(
@@ -136,13 +147,17 @@ class RepeatCopy(BitTask):
         length: int | None = None,
         repeats: int | None = None,
         ragged: bool = False,
+        blank: float | None = None,
     ) -> Batch:
         for option, value in (("length", length), ("repeats", repeats)):
             if value is not None:
                 whole("tasks.repeat-copy", option, value, 1)
+        blank = self.blank if blank is None else _share("tasks.repeat-copy", "blank", blank)
         n = _sizes(length, 1, self.max_length, batch_size, ragged, generator)
         r = _sizes(repeats, 1, self.max_repeats, batch_size, ragged, generator)
         vectors = _bits(int(n.max()), batch_size, self.bits, generator=generator)
+        if blank > 0:
+            vectors *= torch.rand(*vectors.shape[:2], 1, generator=generator) >= blank
         lengths = n + 1 + n * r + 1
         t = torch.arange(int(lengths.max())).unsqueeze(1)
         answer = t - n - 1

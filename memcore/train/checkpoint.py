@@ -29,6 +29,7 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Any] | None
     generators: dict[str, Tensor]
     meta: dict[str, Any]
+    best: dict[str, Tensor] | None = None
 
     def restore(
         self,
@@ -38,10 +39,13 @@ class Checkpoint(NamedTuple):
     ) -> None:
         """Load the weights, and the states of what else is given together with torch's global CPU generator.
 
+        Without an optimizer, for use, these are the best weights where the run kept them; with one, to go on, the last.
+
         Raises:
             CheckpointError: a parameter is missing, left over or of another shape, or a wanted state was not saved.
         """
-        have = {k: tuple(v.shape) for k, v in self.model.items()}
+        weights = self.model if optimizer is not None or self.best is None else self.best
+        have = {k: tuple(v.shape) for k, v in weights.items()}
         want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
@@ -49,7 +53,7 @@ class Checkpoint(NamedTuple):
                     f"memcore.load_checkpoint: {str(self.path)!r} must fit the model: {name!r} must have shape "
                     f"{want.get(name, 'none (absent)')}, got {have.get(name, 'none (absent)')}"
                 )
-        model.load_state_dict(self.model)
+        model.load_state_dict(weights)
         if optimizer is not None:
             if self.optimizer is None:
                 raise CheckpointError(f"memcore.load_checkpoint: {str(self.path)!r} holds no optimizer state")
@@ -106,6 +110,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     generator: torch.Generator | None = None,
     meta: Mapping[str, Any] | None = None,
+    best: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save a model, and what is needed to continue its training, in one safetensors file.
 
@@ -118,6 +123,7 @@ def save_checkpoint(
         optimizer: its state, tensors and settings.
         generator: the data stream's generator; torch's global CPU generator is saved with it.
         meta: anything JSON can hold.
+        best: another `state_dict()` of the model, the one to use it with.
 
     Raises:
         OSError: the file cannot be written; the old one is left as it was.
@@ -125,6 +131,7 @@ def save_checkpoint(
     """
     safetensors = require("safetensors.torch", extra="train")
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"best/{k}": v for k, v in (best or {}).items()}
     record: dict[str, Any] = {"meta": dict(meta or {}), "optimizer": None}
     if optimizer is not None:
         state = optimizer.state_dict()
@@ -177,7 +184,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if header.get("sha256") != _digest(tensors, text):
         raise refuse("a damaged file: its checksum does not match its content")
     record = json.loads(text)
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "generator": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = tensor
@@ -189,4 +196,4 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             state[int(index)][key] = tensor
         param_groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in optimizer["param_groups"]]
         optimizer = {"state": state, "param_groups": param_groups}
-    return Checkpoint(path, groups["model"], optimizer, groups["generator"], record["meta"])
+    return Checkpoint(path, groups["model"], optimizer, groups["generator"], record["meta"], groups["best"] or None)

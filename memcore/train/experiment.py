@@ -143,6 +143,7 @@ def run(
             "seed": config["train"]["seed"],
             "split": split(task),
             "updates": done.updates,
+            "weights_of_update": done.kept,
             "sequences": done.sequences,
             "seconds": round(done.seconds, 2),
             "threads": torch.get_num_threads(),

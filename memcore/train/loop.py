@@ -24,6 +24,7 @@ __all__ = ["Diverged", "Interrupted", "RunResult", "check_settings", "evaluate",
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "curve.jsonl"
 SCHEDULES = ("constant", "cosine")
+KEEPS = ("last", "best")
 SAVE_SECONDS = 60.0
 VALIDATION_SEED = 20141020  # one stream for every run, whatever its seed: arms and seeds are compared on the same sequences
 VALIDATION_BATCHES = 16  # a batch shares one length
@@ -44,13 +45,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class RunResult:
-    """What a training run did. `loss` is the mean of the last curve row, in the task's unit."""
+    """What a training run did. `loss` is the mean of the last curve row, in the task's unit; `kept` the update whose weights the model has."""
 
     updates: int
     sequences: int
     seconds: float
     loss: float
     stopped: str
+    kept: int
     curve: list[dict[str, Any]] = field(default_factory=list, repr=False)
     checkpoint: Path | None = None
 
@@ -207,7 +209,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     lr = settings.get("lr", 1.0)
     if not 0 < lr < math.inf:
         raise ValueError(f"memcore.train: 'lr' must be > 0 and finite, got {lr!r}")
-    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("keep", KEEPS)):
         value = settings.get(name, known[0])
         if value not in known:
             raise ValueError(f"memcore.train: '{name}' must be one of {', '.join(known)}, got {value!r}")
@@ -238,6 +240,7 @@ def train(
     eval_every: int = 100,
     eval_sequences: int = 64,
     validation: Mapping[str, Any] | None = None,
+    keep: str = "last",
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     meta: Mapping[str, Any] | None = None,
@@ -258,6 +261,8 @@ def train(
         clip_norm, clip_value: bound of the gradient's norm, of each of its elements; None leaves it.
         seed: of the data stream.
         validation: overrides of `task.sample` for the validation stream; default: the training distribution.
+        keep: the weights that the model ends with: the "last", or the "best", those of the row with the lowest eval_loss, the first of
+            equals. The checkpoint holds both.
         until: stop once a row's loss and eval_loss are both at or below this.
         max_minutes: stop after so many minutes of training, those before a resume included.
         out: folder for `checkpoint.safetensors` and `curve.jsonl`; without it nothing is written.
@@ -282,6 +287,7 @@ def train(
         "eval_every": eval_every,
         "eval_sequences": eval_sequences,
         "validation": dict(validation or {}),
+        "keep": keep,
     }
     check_settings({**settings, "steps": steps, "max_minutes": max_minutes})
     if schedule != "constant":
@@ -292,6 +298,8 @@ def train(
     optim = make_optimizer(optimizer, model.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
     step, seconds, sums = 0, 0.0, [0.0, 0]  # sums: loss and updates since the last row
+    best: dict[str, torch.Tensor] | None = None
+    lowest, kept_at = math.inf, 0
     path = None if folder is None else folder / CHECKPOINT
     if resume:
         loaded = load_checkpoint(path)
@@ -299,6 +307,8 @@ def train(
         _same_run(saved["settings"], settings, path)
         loaded.restore(model, optim, generator)
         step, seconds, sums = saved["step"], saved["seconds"], saved["sums"]
+        if loaded.best is not None:
+            best, (lowest, kept_at) = loaded.best, saved["best"]
         if step > steps:
             raise ValueError(f"memcore.train: 'steps' must be at least the {step} updates done before, got {steps}")
     elif folder is not None:
@@ -311,7 +321,9 @@ def train(
     def save() -> None:
         if path is not None:
             state = {"step": step, "seconds": time.perf_counter() - began, "sums": sums, "settings": settings}
-            save_checkpoint(path, model, optim, generator, {"train": state, "user": dict(meta or {})})
+            if best is not None:
+                state["best"] = [lowest, kept_at]
+            save_checkpoint(path, model, optim, generator, {"train": state, "user": dict(meta or {})}, best)
 
     def kept() -> str:
         if path is None or not path.exists():
@@ -356,6 +368,9 @@ def train(
                 }
                 sums = [0.0, 0]
                 curve.append(row)
+                if keep == "best" and row["eval_loss"] < lowest:
+                    lowest, kept_at = row["eval_loss"], step
+                    best = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 bar.row(row)
                 if callback is not None:
                     callback(row)
@@ -376,5 +391,7 @@ def train(
     if stopped == "interrupted":
         where = "nothing was saved (no output folder)" if path is None else f"saved to {path}"
         raise Interrupted(f"interrupted at update {step} of {steps}; {where}", caught[0])
+    if best is not None:
+        model.load_state_dict(best)
     loss = curve.rows[-1]["loss"] if curve.rows else math.nan
-    return RunResult(step, step * batch_size, seconds, loss, stopped, curve.rows, path)
+    return RunResult(step, step * batch_size, seconds, loss, stopped, step if best is None else kept_at, curve.rows, path)

@@ -70,6 +70,22 @@ def test_repeat_count_has_mean_0_and_variance_1():
     assert far == pytest.approx(14.5 / math.sqrt(8.25))
 
 
+def test_blank_vectors_of_repeat_copy_come_in_training_alone():
+    plain, task = tasks.make("repeat-copy"), tasks.make("repeat-copy", blank=0.25)
+
+    def empty(batch):
+        return batch.input[:10, :, :8].eq(0).all(-1).float().mean().item()
+
+    batch = task.sample(2000, generator=seeded(), length=10, repeats=1)
+    assert empty(batch) == pytest.approx(0.25 + 0.75 / 256, abs=0.012)
+    assert torch.equal(batch.target[11:21, :, :8], batch.input[:10, :, :8])
+    for setting in task.test_settings.values():
+        assert torch.equal(task.sample(50, generator=seeded(), **setting).input, plain.sample(50, generator=seeded(), **setting).input)
+    for wrong, error in ((1.5, ValueError), (float("nan"), ValueError), ("a", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="'blank' must"):
+            tasks.make("repeat-copy", blank=wrong)
+
+
 def test_associative_recall_by_hand():
     batch = tasks.make("associative-recall").sample(64, generator=seeded(), items=3)
     assert batch.input.shape == (3 * 4 + 5 + 3, 64, 8)

@@ -101,6 +101,31 @@ def test_one_seed_gives_one_run_and_another_seed_another(tmp_path):
     assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
 
 
+@pytest.mark.parametrize("stop", [None, 6, 13])
+def test_the_best_weights_are_kept_also_through_a_resume(tmp_path, stop):
+    """A learning rate that ruins what was learned: the lowest validation loss is not the last."""
+    settings = {**SETTINGS, "lr": 0.3, "steps": 20, "keep": "best"}
+    model = small()
+    if stop is not None:
+        with pytest.raises(Interrupted):
+            train(model, Meddling(task(), stop, lambda: os.kill(os.getpid(), signal.SIGINT)), out=tmp_path, **settings)
+        model = small(seed=5)
+    result = train(model, task(), out=tmp_path, resume=stop is not None, **settings)
+    losses = [row["eval_loss"] for row in result.curve]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert best < len(losses) - 1 and result.kept == result.curve[best]["step"] < result.updates
+    score = {"sequences": 8, "batch_size": 1, "seed": loop.VALIDATION_SEED, "settings": {"": {}}}
+    assert evaluate(model, task(), **score)[""]["loss"] == pytest.approx(losses[best], rel=1e-6)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    other = small(seed=7)
+    checkpoint.restore(other)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert any(not torch.equal(v, checkpoint.model[k]) for k, v in checkpoint.best.items())
+    last = small()
+    assert train(last, task(), **{**settings, "keep": "last"}).kept == 20
+    assert all(torch.equal(v, checkpoint.model[k]) for k, v in last.state_dict().items())
+
+
 def test_resume_refuses_other_settings(tmp_path):
     train(small(), task(), steps=2, out=tmp_path, **SETTINGS)
     with pytest.raises(ValueError, match="'lr' must be 0.01 to resume .* got 0.02"):
