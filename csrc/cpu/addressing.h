@@ -129,6 +129,10 @@ template <class C> struct Similarity {
       const int64_t rows = N - n < step ? N - n : step;
       dots(block_of(memory, n, rows, W, mask, block), W, rows, W, key, Wp, H, sim + n, Np, cosine ? norm2 + n : nullptr);
     }
+    scale(mask);
+  }
+  // Dot products (and squared norms) become similarities.
+  void scale(const bool* mask) {
     for (int64_t h = 0; h < H; h++) fill(sim + h * Np + N, Np - N, (C)0);
     if (!cosine) return;
     fill(norm2 + N, Np - N, (C)0);

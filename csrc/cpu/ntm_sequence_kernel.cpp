@@ -1,5 +1,6 @@
 // The recurrence of an NTM for groups of batch elements. Within a group time is outermost: the controller's layers are matrix products of
-// the group's rows, the memory work goes element by element, and a group is small enough that its memories stay in the caches.
+// the group's rows, the memory work goes element by element, and a group is small enough that its memories stay in the caches. Inside the
+// recurrence a memory lies in tiles (tiles.h).
 //
 // The forward leaves, for each step, what the backward would otherwise have to compute again (inputs and activations of the controller,
 // interface, similarities, squared norms, weights) and a copy of the memory every few steps, from which the backward rebuilds the others.
@@ -7,6 +8,7 @@
 
 #include "gemm.h"
 #include "interface.h"
+#include "tiles.h"
 
 namespace memcore {
 namespace MC_ISA {
@@ -88,17 +90,17 @@ template <class C> struct Sequence {
   const int64_t H, I, K, F, G, M, group;
   Addressing<C> s;
   Pieces<C> p, d;
-  int64_t Np, Wp, rows_step;
+  int64_t Np, Wp, tiles;
   bool fused;
-  C *x, *reads, *block, *first, *hidden, *cell, *feedback, *output;
-  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt;
+  C *x, *reads, *current, *first, *hidden, *cell, *feedback, *output;
+  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *written, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt;
 
   Sequence(const SequenceArgs& args, bool backward)
       : a(args), saved(args), deltas(args), l{args.R, args.Hw, args.W, args.range}, H(args.H()), I(args.I()), K(args.K), F(args.F()), G(args.G()),
-        M(args.N * args.W), group(args.group()) {
+        M(up16(args.N) * args.W), group(args.group()) {
     s.sizes(H, a.N, a.W, a.range);
-    Np = s.similar.Np, Wp = s.similar.Wp, rows_step = block_rows<C>(a.W);
-    fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kFusedReads;
+    Np = s.similar.Np, Wp = s.similar.Wp, tiles = Np / L;
+    fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kMostHeads;
     Cursor at{(char*)a.packed};
     weights.layout(at, a, backward);
   }
@@ -106,8 +108,8 @@ template <class C> struct Sequence {
     s.layout(arena);
     p.layout(arena, l);
     p.key = s.similar.key, p.strength = s.beta, p.gate = s.gate, p.shift = s.shift, p.gamma = s.gamma;
-    arena.take(x, up16(I)), arena.take(reads, a.R * Wp), arena.take(block, rows_step * a.W);
-    arena.take(first, group * H * Np);
+    arena.take(x, up16(I)), arena.take(reads, a.R * Wp);
+    arena.take(current, group * M), arena.take(first, group * H * Np);
     if (!backward) {
       arena.take(hidden, a.layers * group * K), arena.take(cell, a.layers * group * K);
       arena.take(feedback, group * F), arena.take(output, group * up16(a.O));
@@ -115,7 +117,7 @@ template <class C> struct Sequence {
     }
     d.layout(arena, l);
     arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
-    arena.take(dreads, a.R * Wp), arena.take(found, a.R * rows_step), arena.take(scratch, (2 * a.Hw + 1) * L);
+    arena.take(dreads, a.R * Wp), arena.take(found, a.R * Np), arena.take(scratch, (2 * a.W + 1) * a.Hw * L), arena.take(written, fused ? 0 : M);
     arena.take(carried, group * H * Np), arena.take(dh, a.layers * group * up16(K)), arena.take(dcell, a.layers * group * K);
     arena.take(dfeedback, group * F), arena.take(dfeatures, group * up16(K + F));
     int64_t widest = 0;
@@ -155,19 +157,17 @@ template <class C> struct Sequence {
     clamped(interface(t, b));
     activate(p, x, l);
     point(t, b, i);
-    s.template forward<false>(m, block);
+    tile_dots(m, tiles, a.W, s.similar.key, Wp, H, s.similar.sim, Np, s.similar.norm2);
+    s.similar.scale(nullptr);
+    s.template weigh<false>();
+    const C *wr = s.weights, *ww = s.weights + a.R * Np;
     fill(reads, a.R * Wp, (C)0);
-    for (int64_t n = 0; n < a.N; n += rows_step) {
-      const int64_t rows = a.N - n < rows_step ? a.N - n : rows_step;
-      C* at = m + n * a.W;
-      const C *wr = s.weights + n, *ww = s.weights + a.R * Np + n;
-      if (fused) {
-        write_read(at, at, rows, a.W, ww, p.erase, p.add, wr, Np, a.R, reads, Wp);
-        continue;
-      }
-      if (!a.write_first) gather(at, a.W, rows, a.W, wr, Np, a.R, reads, Wp);
-      if (a.Hw > 0) erase_add(at, a.W, at, a.W, rows, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
-      if (a.write_first) gather(at, a.W, rows, a.W, wr, Np, a.R, reads, Wp);
+    if (fused) {
+      tile_write_read(m, tiles, a.W, ww, p.erase, p.add, wr, Np, a.R, reads, Wp);
+    } else {
+      if (!a.write_first) tile_gather(m, tiles, a.W, wr, Np, a.R, reads, Wp);
+      if (a.Hw > 0) tile_erase_add(m, m, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
+      if (a.write_first) tile_gather(m, tiles, a.W, wr, Np, a.R, reads, Wp);
     }
     narrow_rows(to, reads, a.R, a.W, Wp);
   }
@@ -191,10 +191,9 @@ template <class C> struct Sequence {
 
   void forward(int64_t b0, int64_t count) {
     const C* state = (const C*)a.state;
-    C* memory = (C*)a.memory_out;
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
-      copy(memory + b * M, (const C*)a.memory + b * M, M);
+      to_tiles(current + i * M, (const C*)a.memory + b * a.N * a.W, a.N, a.W);
       widen_rows(first + i * H * Np, (const C*)a.weights + b * H * a.N, H, a.N, Np);
       copy(feedback + i * F, (const C*)a.reads + b * F, F);
       for (int64_t j = 0; a.lstm && j < a.layers; j++)
@@ -230,8 +229,8 @@ template <class C> struct Sequence {
       for (int64_t i = 0; i < count; i++) {
         const int64_t b = b0 + i;
         if (!alive(t, b)) continue;
-        if (a.keep && t % a.every == 0) copy(copy_of(t, b), memory + b * M, M);
-        step(t, b, i, memory + b * M, features(t, b) + K);
+        if (a.keep && t % a.every == 0) copy(copy_of(t, b), current + i * M, Np * a.W);
+        step(t, b, i, current + i * M, features(t, b) + K);
         copy(feedback + i * F, features(t, b) + K, F);
       }
       product<false>(output, up16(a.O), weights.output_bias, features(t, b0), saved.width_features, count, weights.output);
@@ -244,6 +243,7 @@ template <class C> struct Sequence {
     C* after = (C*)a.state_out;
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i, steps = a.lengths ? a.lengths[b] : a.T;
+      from_tiles((C*)a.memory_out + b * a.N * a.W, current + i * M, a.N, a.W);
       narrow_rows((C*)a.weights_out + b * H * a.N, previous(steps, b, i), H, a.N, Np);
       copy((C*)a.reads_out + b * F, feedback + i * F, F);
       for (int64_t j = 0; a.lstm && j < a.layers; j++)
@@ -266,35 +266,25 @@ template <class C> struct Sequence {
     fill(d.erase, a.Hw * Wp, (C)0), fill(d.add, a.Hw * Wp, (C)0), fill(d.key, H * Wp, (C)0);
     const C *wr = s.weights, *ww = s.weights + a.R * Np;
     C *dwr = dweights, *dww = dweights + a.R * Np;
-    for (int64_t n = 0; n < a.N; n += rows_step) {
-      const int64_t rows = a.N - n < rows_step ? a.N - n : rows_step;
-      const C* mn = m + n * a.W;
-      C* gn = g + n * a.W;
-      if (fused) {
-        write_read_backward(gn, gn, mn, rows, a.W, ww + n, p.erase, p.add, wr + n, Np, a.R, dreads, Wp, dwr + n, dww + n, d.erase, d.add);
-        continue;
-      }
+    if (fused) {
+      tile_write_read_backward(g, m, tiles, a.W, ww, p.erase, p.add, wr, Np, a.R, dreads, Wp, dwr, dww, d.erase, d.add);
+    } else {
       if (a.R > 0) {
-        const C* seen = mn;
+        const C* seen = m;
         if (a.write_first && a.Hw > 0) {
-          erase_add(block, a.W, mn, a.W, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp);
-          seen = block;
+          tile_erase_add(written, m, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
+          seen = written;
         }
-        dots(seen, a.W, rows, a.W, dreads, Wp, a.R, found, rows_step, (C*)nullptr);
-        for (int64_t r = 0; r < a.R; r++)
-          for (int64_t j = 0; j < rows; j++) dwr[r * Np + n + j] += found[r * rows_step + j];
-        if (a.write_first) scatter(gn, a.W, gn, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
+        tile_dots(seen, tiles, a.W, dreads, Wp, a.R, found, Np, (C*)nullptr);
+        for (int64_t j = 0; j < a.R * Np; j += L) store(dwr + j, load(dwr + j) + load(found + j));
+        if (a.write_first) tile_scatter(g, tiles, a.W, wr, Np, a.R, dreads, Wp);
       }
-      if (a.Hw > 0)
-        erase_add_backward(gn, gn, mn, rows, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp, dww + n, Np, d.erase, d.add, scratch);
-      if (a.R > 0 && !a.write_first) scatter(gn, a.W, gn, a.W, rows, a.W, wr + n, Np, a.R, dreads, Wp);
+      tile_erase_add_backward(g, m, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp, dww, d.erase, d.add, scratch);
+      if (a.R > 0 && !a.write_first) tile_scatter(g, tiles, a.W, wr, Np, a.R, dreads, Wp);
     }
     s.backward(dweights, d.strength, d.gate, d.shift, d.gamma, dprevious);
     s.similar.backward(dweights, own, key_own);
-    for (int64_t n = 0; n < a.N; n += rows_step) {
-      const int64_t rows = a.N - n < rows_step ? a.N - n : rows_step;
-      similarity_rows<C>(s.similar, m + n * a.W, n, rows, g + n * a.W, g + n * a.W, dweights, own, d.key);
-    }
+    tile_pull_push(g, m, tiles, a.W, dweights, Np, H, p.key, d.key, Wp, own);
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < a.W; w++) d.key[h * Wp + w] -= key_own[h] * p.key[h * Wp + w];
     activate_backward(dx, x, p, d, l);
@@ -329,12 +319,12 @@ template <class C> struct Sequence {
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
       if (!alive(t0, b)) continue;
-      copy(rebuilt_at(t0, i), copy_of(t0, b), M);
+      copy(rebuilt_at(t0, i), copy_of(t0, b), Np * a.W);
       for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) {
         const C *from = rebuilt_at(t - 1, i), *ww = slots(t - 1, b) + a.R * Np;
         C* to = rebuilt_at(t, i);
         if (a.Hw == 0) {
-          copy(to, from, M);
+          copy(to, from, Np * a.W);
           continue;
         }
         clamped(interface(t - 1, b));
@@ -344,16 +334,13 @@ template <class C> struct Sequence {
             store(p.erase + h * Wp + w, MC_ISA::first<C>(sigmoid(load_n(x + l.erase(h) + w, part)), part));
             store(p.add + h * Wp + w, load_n(x + l.add(h) + w, part));
           }
-        for (int64_t n = 0; n < a.N; n += rows_step)
-          erase_add(
-              to + n * a.W, a.W, from + n * a.W, a.W, a.N - n < rows_step ? a.N - n : rows_step, a.W, ww + n, Np, a.Hw, p.erase, p.add, Wp);
+        tile_erase_add(to, from, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
       }
     }
   }
 
   void backward(int64_t b0, int64_t count) {
     const int64_t Kp = up16(K), Gp = up16(G), Ip = up16(I), Op = up16(a.O), Qp = up16(K + F);
-    C* dmemory = (C*)a.dmemory;
     const C *state = (const C*)a.state, *gstate = (const C*)a.grad_state;
     const auto start = [](C* to, const void* from, int64_t at, int64_t n) {
       if (from) copy(to, (const C*)from + at, n);
@@ -361,7 +348,8 @@ template <class C> struct Sequence {
     };
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
-      start(dmemory + b * M, a.grad_memory, b * M, M);
+      if (a.grad_memory) to_tiles(current + i * M, (const C*)a.grad_memory + b * a.N * a.W, a.N, a.W);
+      else fill(current + i * M, Np * a.W, (C)0);
       if (a.grad_weights) widen_rows(carried + i * H * Np, (const C*)a.grad_weights + b * H * a.N, H, a.N, Np);
       else fill(carried + i * H * Np, H * Np, (C)0);
       widen_rows(first + i * H * Np, (const C*)a.weights + b * H * a.N, H, a.N, Np);
@@ -389,7 +377,7 @@ template <class C> struct Sequence {
         for (int64_t k = 0; k < K; k++) top[k] += df[k];
         for (int64_t k = 0; k < F; k++) dr[k] += df[K + k];
         widen_rows(dreads, dr, a.R, a.W, Wp);
-        step_backward(t, b, i, rebuilt_at(t, i), dmemory + b * M, dx + i * Ip);
+        step_backward(t, b, i, rebuilt_at(t, i), current + i * M, dx + i * Ip);
       }
       product<true>(dh + (a.layers - 1) * group * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
       for (int64_t j = a.layers - 1; j >= 0; j--) {
@@ -424,6 +412,7 @@ template <class C> struct Sequence {
     }
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
+      from_tiles((C*)a.dmemory + b * a.N * a.W, current + i * M, a.N, a.W);
       narrow_rows((C*)a.dweights + b * H * a.N, carried + i * H * Np, H, a.N, Np);
       copy((C*)a.dreads + b * F, dfeedback + i * F, F);
       for (int64_t j = 0; a.lstm && j < a.layers; j++)

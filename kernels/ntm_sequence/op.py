@@ -74,7 +74,7 @@ def saved_numbers(
     return {
         "controller": steps * batch * controller,
         "addressing": steps * batch * addressing,
-        "memory": -(-steps // every) * batch * slots * width,
+        "memory": -(-steps // every) * batch * _up16(slots) * width,
     }
 
 

@@ -1,0 +1,353 @@
+// Memory with slots across lanes: tile t holds slots tL .. tL + L - 1 as W vectors, one a column, at (t W + w) L. Sums over a slot's numbers then
+// need no horizontal addition, and a width that is no multiple of a vector wastes nothing. The slots that pad the last tile are zeros, and
+// their weights must be.
+//
+// Names are those of rows.h. Key, erase, add and read vectors lie [heads, ld]; weights and other numbers of slots lie [heads, ldc], padded.
+#pragma once
+
+#include "vec.h"
+
+namespace memcore {
+namespace MC_ISA {
+
+constexpr int64_t kTileGroup = 16;  // tiles that one sweep over the columns takes
+
+template <class C> inline void to_tiles(C* tiles, const C* rows, int64_t N, int64_t W) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L)
+    for (int64_t w = 0; w < W; w++)
+      for (int64_t i = 0; i < L; i++) tiles[w * L + i] = n + i < N ? rows[i * W + w] : 0;
+}
+template <class C> inline void from_tiles(C* rows, const C* tiles, int64_t N, int64_t W) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L)
+    for (int64_t i = 0; i < L && n + i < N; i++)
+      for (int64_t w = 0; w < W; w++) rows[i * W + w] = tiles[w * L + i];
+}
+
+// f(std::integral_constant-like value) for 0 <= n <= 5.
+template <int n> struct Number {
+  static constexpr int value = n;
+};
+template <class F> MC_INLINE void with_count(int64_t n, F f) {
+  switch (n) {
+    case 0: return f(Number<0>{});
+    case 1: return f(Number<1>{});
+    case 2: return f(Number<2>{});
+    case 3: return f(Number<3>{});
+    case 4: return f(Number<4>{});
+    default: return f(Number<5>{});
+  }
+}
+constexpr int64_t kMostHeads = 5;  // that one sweep takes
+
+// f(first column, how many) over all columns, B at a time.
+template <int B, class F> MC_INLINE void over_columns(int64_t W, F f) {
+  int64_t w = 0;
+  for (; w + B <= W; w += B) f(w, Number<B>{});
+  if constexpr (B > 2)
+    for (; w + 2 <= W; w += 2) f(w, Number<2>{});
+  for (; w < W; w++) f(w, Number<1>{});
+}
+
+// out[h][n] = sum over w of k[h][w] m[n][w]; norm2[n] too unless it is null.
+template <int HB, bool NORM, int TB, class C>
+MC_INLINE void tile_dots_of(const C* m, int64_t W, const C* k, int64_t ldk, C* out, int64_t ldo, C* norm2) {
+  constexpr int L = Lanes<C>::n, A = HB + NORM;
+  Vec<C> acc[A > 0 ? A : 1][TB];
+#pragma GCC unroll 8
+  for (int h = 0; h < A; h++)
+#pragma GCC unroll 4
+    for (int t = 0; t < TB; t++) acc[h][t] = Vec<C>{};
+  for (int64_t w = 0; w < W; w++) {
+    Vec<C> v[TB];
+#pragma GCC unroll 4
+    for (int t = 0; t < TB; t++) v[t] = load(m + (t * W + w) * L);
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> key = splat(k[h * ldk + w]);
+#pragma GCC unroll 4
+      for (int t = 0; t < TB; t++) acc[h][t] += key * v[t];
+    }
+    if (NORM)
+#pragma GCC unroll 4
+      for (int t = 0; t < TB; t++) acc[HB][t] += v[t] * v[t];
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < TB; t++) {
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) store(out + h * ldo + t * L, acc[h][t]);
+    if (NORM) store(norm2 + t * L, acc[HB][t]);
+  }
+}
+template <int HB, bool NORM, class C>
+MC_INLINE void tile_dots_heads(const C* m, int64_t tiles, int64_t W, const C* k, int64_t ldk, C* out, int64_t ldo, C* norm2) {
+  constexpr int L = Lanes<C>::n, TB = HB + NORM <= 3 && kBytes == 64 ? 4 : 2;
+  int64_t t = 0;
+  for (; t + TB <= tiles; t += TB) tile_dots_of<HB, NORM, TB>(m + t * W * L, W, k, ldk, out + t * L, ldo, NORM ? norm2 + t * L : norm2);
+  for (; t < tiles; t++) tile_dots_of<HB, NORM, 1>(m + t * W * L, W, k, ldk, out + t * L, ldo, NORM ? norm2 + t * L : norm2);
+}
+template <class C> inline void tile_dots(const C* m, int64_t tiles, int64_t W, const C* k, int64_t ldk, int64_t H, C* out, int64_t ldo, C* norm2) {
+  for (int64_t h = 0; h < H || norm2; h += kMostHeads, norm2 = nullptr)
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+      if (norm2) tile_dots_heads<heads.value, true>(m, tiles, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+      else tile_dots_heads<heads.value, false>(m, tiles, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
+    });
+}
+
+// r[h][w] += sum over n of c[h][n] m[n][w].
+template <class C> inline void tile_gather(const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, C* r, int64_t ldr) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t h = 0; h < H; h += kMostHeads)
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+      constexpr int HB = heads.value > 0 ? heads.value : 1;
+      const C* ch = c + h * ldc;
+      for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
+        const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
+        over_columns<HB <= 2 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+          constexpr int B = columns.value;
+          Vec<C> acc[HB * B];
+#pragma GCC unroll 16
+          for (int i = 0; i < HB * B; i++) acc[i] = Vec<C>{};
+          for (int64_t t = t0; t < t1; t++) {
+            Vec<C> v[B];
+#pragma GCC unroll 4
+            for (int j = 0; j < B; j++) v[j] = load(m + (t * W + w + j) * L);
+#pragma GCC unroll 8
+            for (int i = 0; i < HB; i++) {
+              const Vec<C> x = load(ch + i * ldc + t * L);
+#pragma GCC unroll 4
+              for (int j = 0; j < B; j++) acc[i * B + j] += x * v[j];
+            }
+          }
+          C sums[HB * B + 4];
+          sum_all<HB * B>(acc, sums);
+          for (int i = 0; i < HB; i++)
+            for (int j = 0; j < B; j++) r[(h + i) * ldr + w + j] += sums[i * B + j];
+        });
+      }
+    });
+}
+
+// m[n][w] += sum over h of c[h][n] a[h][w].
+template <class C> inline void tile_scatter(C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t h = 0; h < H; h += kMostHeads)
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+      constexpr int HB = heads.value > 0 ? heads.value : 1;
+      for (int64_t t = 0; t < tiles; t++) {
+        Vec<C> x[HB];
+#pragma GCC unroll 8
+        for (int i = 0; i < HB; i++) x[i] = load(c + (h + i) * ldc + t * L);
+        for (int64_t w = 0; w < W; w++) {
+          Vec<C> v = load(m + (t * W + w) * L);
+#pragma GCC unroll 8
+          for (int i = 0; i < HB; i++) v += x[i] * splat(a[(h + i) * lda + w]);
+          store(m + (t * W + w) * L, v);
+        }
+      }
+    });
+}
+
+// out[n][w] = m[n][w] prod over h of (1 - c[h][n] e[h][w]) + sum over h of c[h][n] a[h][w]; out may be m itself.
+template <class C>
+inline void tile_erase_add(C* out, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t t = 0; t < tiles; t++) {
+    const C* mt = m + t * W * L;
+    C* to = out + t * W * L;
+    if (H == 1) {
+      const Vec<C> x = load(c + t * L);
+#pragma GCC unroll 4
+      for (int64_t w = 0; w < W; w++) store(to + w * L, load(mt + w * L) * (1 - x * splat(e[w])) + x * splat(a[w]));
+      continue;
+    }
+    for (int64_t w = 0; w < W; w++) {
+      Vec<C> v = load(mt + w * L);
+      for (int64_t h = 0; h < H; h++) v *= 1 - load(c + h * ldc + t * L) * splat(e[h * lda + w]);
+      for (int64_t h = 0; h < H; h++) v += load(c + h * ldc + t * L) * splat(a[h * lda + w]);
+      store(to + w * L, v);
+    }
+  }
+}
+
+// One write head and R <= kMostHeads reads of what it writes, in one pass: m = m (1 - c e) + c a, r[h][w] += sum over n of k[h][n] m[n][w].
+template <int R, class C>
+MC_INLINE void tile_write_read_of(C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
+    const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
+    over_columns<R <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+      constexpr int B = columns.value;
+      Vec<C> acc[R * B], ev[B], av[B];
+#pragma GCC unroll 16
+      for (int i = 0; i < R * B; i++) acc[i] = Vec<C>{};
+#pragma GCC unroll 4
+      for (int j = 0; j < B; j++) ev[j] = splat(e[w + j]), av[j] = splat(a[w + j]);
+      for (int64_t t = t0; t < t1; t++) {
+        const Vec<C> x = load(c + t * L);
+        Vec<C> v[B];
+#pragma GCC unroll 4
+        for (int j = 0; j < B; j++) {
+          C* at = m + (t * W + w + j) * L;
+          v[j] = load(at) * (1 - x * ev[j]) + x * av[j];
+          store(at, v[j]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+          const Vec<C> y = load(k + i * ldk + t * L);
+#pragma GCC unroll 4
+          for (int j = 0; j < B; j++) acc[i * B + j] += y * v[j];
+        }
+      }
+      C sums[R * B + 4];
+      sum_all<R * B>(acc, sums);
+      for (int i = 0; i < R; i++)
+        for (int j = 0; j < B; j++) r[i * ldr + w + j] += sums[i * B + j];
+    });
+  }
+}
+template <class C>
+inline void tile_write_read(C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, C* r, int64_t ldr) {
+  with_count(R, [&](auto reads) { tile_write_read_of<(reads.value > 0 ? reads.value : 1)>(m, tiles, W, c, e, a, k, ldk, r, ldr); });
+}
+
+// Backward of tile_write_read, R = 0 being a write alone. dr: gradients of the read vectors; g: of the memory written, in place that of m.
+//   dk[h] += dr_h . written        G = g + sum over h of k_h dr_h        g = G (1 - c e)
+//   dc += sum over w of G (a - e m)        de -= sum over n of c G m        da += sum over n of c G
+template <int R, class C>
+MC_INLINE void tile_write_read_backward_of(
+    C* g, const C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr, int64_t ldr, C* dk,
+    C* dc, C* de, C* da) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
+    const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
+    over_columns<R <= 1 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+      constexpr int B = columns.value;
+      Vec<C> ev[B], av[B], sums[2 * B];  // of de, of da
+#pragma GCC unroll 4
+      for (int j = 0; j < B; j++) ev[j] = splat(e[w + j]), av[j] = splat(a[w + j]), sums[j] = sums[B + j] = Vec<C>{};
+      for (int64_t t = t0; t < t1; t++) {
+        const Vec<C> x = load(c + t * L);
+        Vec<C> y[R > 0 ? R : 1], dy[R > 0 ? R : 1], dx = load(dc + t * L);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) y[i] = load(k + i * ldk + t * L), dy[i] = load(dk + i * ldk + t * L);
+#pragma GCC unroll 4
+        for (int j = 0; j < B; j++) {
+          const int64_t at = (t * W + w + j) * L;
+          const Vec<C> mv = load(m + at), f = 1 - x * ev[j], v = mv * f + x * av[j];
+          Vec<C> gv = load(g + at);
+#pragma GCC unroll 8
+          for (int i = 0; i < R; i++) {
+            const Vec<C> d = splat(dr[i * ldr + w + j]);
+            dy[i] += d * v;
+            gv += y[i] * d;
+          }
+          const Vec<C> xg = x * gv;
+          dx += gv * (av[j] - ev[j] * mv);
+          sums[j] -= xg * mv;
+          sums[B + j] += xg;
+          store(g + at, gv * f);
+        }
+        store(dc + t * L, dx);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) store(dk + i * ldk + t * L, dy[i]);
+      }
+      C found[2 * B + 4];
+      sum_all<2 * B>(sums, found);
+      for (int j = 0; j < B; j++) de[w + j] += found[j], da[w + j] += found[B + j];
+    });
+  }
+}
+template <class C>
+inline void tile_write_read_backward(
+    C* g, const C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, const C* dr, int64_t ldr,
+    C* dk, C* dc, C* de, C* da) {
+  with_count(R, [&](auto reads) { tile_write_read_backward_of<reads.value>(g, m, tiles, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da); });
+}
+
+// Backward of tile_erase_add for any number of heads; formulas at rows.h's erase_add_backward. `scratch` holds (2 W + 1) H vectors.
+template <class C>
+inline void tile_erase_add_backward(
+    C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda, C* dc, C* de, C* da,
+    C* scratch) {
+  if (H == 0) return;
+  if (H == 1) return tile_write_read_backward(g, m, tiles, W, c, e, a, c, ldc, 0, a, lda, dc, dc, de, da);
+  constexpr int L = Lanes<C>::n;
+  C *before = scratch, *sums = scratch + H * L;  // products of the factors before head h; (de, da) of every head and column
+  for (int64_t i = 0; i < 2 * W * H; i++) store(sums + i * L, Vec<C>{});
+  for (int64_t t = 0; t < tiles; t++)
+    for (int64_t w = 0; w < W; w++) {
+      const int64_t at = (t * W + w) * L;
+      const Vec<C> gv = load(g + at), q = gv * load(m + at);
+      Vec<C> p = splat((C)1);
+      for (int64_t h = 0; h < H; h++) {
+        store(before + h * L, p);
+        p *= 1 - load(c + h * ldc + t * L) * splat(e[h * lda + w]);
+      }
+      store(g + at, gv * p);
+      Vec<C> after = splat((C)1);
+      for (int64_t h = H - 1; h >= 0; h--) {
+        const Vec<C> x = load(c + h * ldc + t * L), ev = splat(e[h * lda + w]), qh = q * load(before + h * L) * after;
+        C *d = dc + h * ldc + t * L, *s = sums + 2 * (h * W + w) * L;
+        store(d, load(d) + splat(a[h * lda + w]) * gv - ev * qh);
+        store(s, load(s) - x * qh);
+        store(s + L, load(s + L) + x * gv);
+        after *= 1 - x * ev;
+      }
+    }
+  for (int64_t h = 0; h < H; h++)
+    for (int64_t w = 0; w < W; w++) {
+      const C* s = sums + 2 * (h * W + w) * L;
+      de[h * lda + w] += sum<C>(load(s)), da[h * lda + w] += sum<C>(load(s + L));
+    }
+}
+
+// The rows' part of a similarity's backward: g += sum over h of c[h] key_h - own m, dkey[h][w] += sum over n of c[h][n] m[n][w].
+template <int HB, bool OWN, class C>
+MC_INLINE void tile_pull_push_of(C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
+    const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
+    over_columns<HB <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+      constexpr int B = columns.value;
+      Vec<C> acc[HB * B], kv[HB * B];
+#pragma GCC unroll 8
+      for (int i = 0; i < HB; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < B; j++) kv[i * B + j] = splat(key[i * ldk + w + j]), acc[i * B + j] = Vec<C>{};
+      for (int64_t t = t0; t < t1; t++) {
+        Vec<C> x[HB], s = OWN ? load(own + t * L) : Vec<C>{};
+#pragma GCC unroll 8
+        for (int i = 0; i < HB; i++) x[i] = load(c + i * ldc + t * L);
+#pragma GCC unroll 4
+        for (int j = 0; j < B; j++) {
+          const int64_t at = (t * W + w + j) * L;
+          const Vec<C> mv = load(m + at);
+          Vec<C> gv = load(g + at);
+          if (OWN) gv -= s * mv;
+#pragma GCC unroll 8
+          for (int i = 0; i < HB; i++) gv += x[i] * kv[i * B + j], acc[i * B + j] += x[i] * mv;
+          store(g + at, gv);
+        }
+      }
+      C sums[HB * B + 4];
+      sum_all<HB * B>(acc, sums);
+      for (int i = 0; i < HB; i++)
+        for (int j = 0; j < B; j++) dkey[i * ldk + w + j] += sums[i * B + j];
+    });
+  }
+}
+template <class C>
+inline void tile_pull_push(
+    C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk, const C* own) {
+  for (int64_t h = 0; h < H; h += kMostHeads)
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+      constexpr int HB = heads.value > 0 ? heads.value : 1;
+      if (h == 0) tile_pull_push_of<HB, true>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own);
+      else tile_pull_push_of<HB, false>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own);
+    });
+}
+
+}  // namespace MC_ISA
+}  // namespace memcore
