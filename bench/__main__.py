@@ -10,12 +10,13 @@ from .._stdio import quiet_pipe
 
 __all__ = ["main"]
 
-SUITES = ("roofline", "ops", "step", "train", "growth")
+SUITES = ("roofline", "ops", "step", "sequence", "train", "growth")
 EPILOG = """what runs:
   roofline  read bandwidth of L2, L3, DRAM; float32 matrix products; one aten call (half a minute)
   ops       every operator at three sizes, forward and forward + backward
   step      ntm_step chained from Python, forward and backward through time, at three sizes; the cost of a call
   train     a whole training step of an NTM on copy, batch 1, 16, 64, Adam included
+  sequence  an NTM over a whole sequence, controller included, at three sizes; its time and saved bytes against B, N, W and T
   growth    how ntm_step's time and saved bytes grow with B, T, N, W; what 10,000 calls of every operator leave in memory
   table     Markdown tables of the newest rows          plot      figures of the newest rows
 
@@ -27,7 +28,7 @@ growth measures nothing else.
 Rows are appended to rows.csv and rows.jsonl in --out.
 
 examples:
-  memcore bench ops step train growth     everything, about a quarter of an hour on two quiet cores
+  memcore bench ops step sequence train growth     everything, about 20 minutes on two quiet cores
   memcore bench ops --op read --op sharpen --no-compile
   memcore bench step --size small --quick
   memcore bench step --base HEAD~3        the same with an earlier revision beside it (checkout only)

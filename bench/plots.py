@@ -1,5 +1,6 @@
 """Figures of the newest rows in `rows.csv`, of nothing else."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,32 @@ def _ratios(found: list[dict[str, Any]], label: str) -> tuple[list[str], dict[st
     return list(groups), series, [_eager_gate(g["memcore"]) for g in groups.values()]
 
 
+_NAMES = {"B": "batch", "N": "slots", "W": "slot width", "T": "time steps"}
+_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")
+
+
+def _lines_of(found: list[dict[str, Any]], pyplot: Any, save: Any) -> None:
+    """Time of a step against each size, and the bytes kept for the backward against T."""
+    figure, axes = pyplot.subplots(1, 5, figsize=(20, 4))
+    for axis, (letter, name) in zip(axes, [*_NAMES.items(), ("T", "time steps")], strict=True):
+        last = axis is axes[-1]
+        column = "saved_bytes" if last else "ms_median"
+        for variant in ("memcore", "eager", "compile"):
+            rows = [r for r in found if r["variant"] == variant and r["pass"].endswith(f"over {letter}") and r[column] is not None]
+            points = sorted((int(_SHAPE.match(r["shape"])[letter]), r[column] / (2**20 if last else 1)) for r in rows)
+            if points and not (last and variant == "compile"):
+                axis.plot(*zip(*points, strict=True), marker="o", label=variant)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(name)
+        axis.set_ylabel("kept for the backward, without the controller's, MiB" if last else "forward + backward, ms a step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    save(figure, "sequence", "scaling")
+
+
 def draw(folder: str | Path) -> list[Path]:
-    """Draw what the rows in `folder` allow: ops.png, step.png; returns the paths."""
+    """Draw what the rows in `folder` allow: ops.png, step.png, sequence.png; returns the paths."""
     found = [r for r in _rows.newest(_rows.read(folder)) if r["threads"] == 1 and r["dtype"] == "float32"]
     matplotlib = require("matplotlib", extra="train")
     matplotlib.use("Agg")
@@ -80,6 +105,7 @@ def draw(folder: str | Path) -> list[Path]:
 
     parts = [
         (_ratios([r for r in found if r["suite"] == "step"], "{shape}"), "ntm_step chained, forward + backward"),
+        (_ratios([r for r in found if r["suite"] == "sequence"], "{shape}"), "an NTM over a sequence, forward + backward"),
         (_ratios([r for r in found if r["suite"] == "train"], "{shape}"), "a whole training step"),
     ]
     parts = [(p, title) for p, title in parts if p[1]]
@@ -87,5 +113,9 @@ def draw(folder: str | Path) -> list[Path]:
         figure, axes = pyplot.subplots(len(parts), 1, figsize=(8, 2.6 * len(parts)), squeeze=False)
         for (part, title), axis in zip(parts, axes[:, 0], strict=True):
             _bars(axis, [label.replace(" N=128 W=20 LSTM 100", "") for label in part[0]], *part[1:], title)
-        save(figure, "step", "step", "train")
+        save(figure, "step", "step", "sequence", "train")
+
+    grown = [r for r in found if r["suite"] == "scaling"]
+    if grown:
+        _lines_of(grown, pyplot, save)
     return written

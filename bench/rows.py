@@ -109,6 +109,8 @@ def _times(x: float | None) -> str:
 _HEADS = {
     "ops": "operator, (B,H,N,W)",
     "step": "`ntm_step` chained, (B,read/write heads,N,W)",
+    "sequence": "NTM over a sequence, LSTM controller 100, (B,read/write heads,N,W), a step",
+    "scaling": "NTM over a sequence, LSTM controller 100, (B,read/write heads,N,W), a step",
     "train": "training step",
     "calls": "call",
     "growth": "`ntm_step` chained, (B,read/write heads,N,W), forward + backward",

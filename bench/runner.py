@@ -15,8 +15,9 @@ from .cases import CALL_STEP, CALLS, CASES, GROWTH, GROWTH_QUICK, HELD, POWER, S
 from .cases import Gate, Shape, StepCase, check, close, runnable, tuples
 from .measure import Timing
 from .rows import FIELDS, powers
+from .sequence import sequence
 
-__all__ = ["Run", "calls", "chain", "growth", "held", "ops", "roofline", "step", "step_variants", "train", "training_steps"]
+__all__ = ["Run", "calls", "chain", "growth", "held", "ops", "roofline", "sequence", "step", "step_variants", "train", "training_steps"]
 
 COPY_LENGTH = 20  # 41 time steps
 

@@ -110,10 +110,8 @@ template <class C> struct Similarity {
   void invert_norms() {
     constexpr int L = Lanes<C>::n;
     for (int64_t n = 0; n < Np; n += L) {
-      const Vec<C> q = load(norm2 + n);
-      Vec<C> norm;
-      for (int i = 0; i < L; i++) norm[i] = root((C)q[i]);
-      store(im + n, q == 0 ? Vec<C>{} : norm < (C)kEps ? splat((C)(1 / kEps)) : 1 / norm);
+      const Vec<C> q = load(norm2 + n), i = inverse_root(q);
+      store(im + n, q == 0 || q == infinity<C>() ? Vec<C>{} : q < (C)(kEps * kEps) ? splat((C)(1 / kEps)) : i);
     }
     for (int64_t h = 0; h < H; h++) {
       C k2 = 0;
@@ -293,8 +291,8 @@ MC_INLINE void shift_backward(C* dw, C* ds, const C* dring, const C* ring, const
 
 // ---- sharpening ----
 
-// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)); ratio_log keeps log(w / extreme) for a backward.
-template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+// The weight whose power is the greatest.
+template <class C> MC_INLINE C sharpest(const C* w, C gamma, int64_t Np) {
   constexpr int L = Lanes<C>::n;
   const C inf = infinity<C>();
   Vec<C> x{};
@@ -307,8 +305,25 @@ template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C
       x = running_min(x, v <= 0 ? splat(inf) : v);
     }
   }
-  const C extreme = gamma >= 0 ? max_of<C>(x) : min_of<C>(x);
-  if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == inf)) {  // NaN, or nothing positive
+  return gamma >= 0 ? max_of<C>(x) : min_of<C>(x);
+}
+
+// What sharpen_row leaves for a backward, where its result is known.
+template <class C> inline void sharpen_again(C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+  constexpr int L = Lanes<C>::n;
+  const C extreme = sharpest(w, gamma, Np);
+  if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())) return fill(ratio_log, Np, (C)0);
+  for (int64_t n = 0; n < Np; n += L) {
+    const Vec<C> v = load(w + n);
+    store(ratio_log + n, v <= 0 ? Vec<C>{} : log_positive(v / extreme));
+  }
+}
+
+// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)); ratio_log keeps log(w / extreme) for a backward.
+template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+  constexpr int L = Lanes<C>::n;
+  const C extreme = sharpest(w, gamma, Np);
+  if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())) {  // NaN, or nothing positive
     C nan = gamma != gamma ? gamma : 0;
     for (int64_t n = 0; n < N; n++) nan = w[n] != w[n] ? w[n] : nan;
     fill(p, N, nan), fill(p + N, Np - N, (C)0);
@@ -378,8 +393,8 @@ template <class C> struct Addressing {
     similar.forward(memory, nullptr, block);
     weigh<BACKWARD>();
   }
-  // From the similarities on.
-  template <bool BACKWARD> void weigh() {
+  // From the similarities on; with KNOWN the weights are there already.
+  template <bool BACKWARD, bool KNOWN = false> void weigh() {
     constexpr int L = Lanes<C>::n;
     const int64_t N = similar.N, Np = similar.Np;
     if (N == 0) return;
@@ -396,7 +411,8 @@ template <class C> struct Addressing {
       if (BACKWARD) fill(wc + N, Np - N, (C)0);
       wrap(rg, N, Np, R);
       shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
-      sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
+      if (BACKWARD && KNOWN) sharpen_again(ratio_log + h * Np, ws, gamma[h], N, Np);
+      else sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
     }
   }
   // dw [H, Np]: gradient of the weights in, of the similarities out. The other gradients are [H] and [H, 2R + 1]; dprevious [H, Np].

@@ -144,11 +144,11 @@ MC_INLINE void outer_tile(C* acc_out, const C* a, int64_t lda, const C* d, int64
 }
 
 // `real` columns (a panel at most) of c [K, ..] (rows ldc apart) = a [rows, K]^T d [rows, ..], and of `bias`, the sums of d's columns; d's
-// rows are padded to whole vectors. Rows go in blocks that stay in the second cache; the order of the sums depends on nothing else.
+// rows are padded to whole vectors. Rows go in blocks whose panels of d stay in the first cache; the order of the sums depends on nothing else.
 // scratch: K + 1 panel rows.
 template <class C>
 inline void outer_panel(C* c, C* bias, int64_t K, int64_t ldc, int64_t real, const C* a, int64_t lda, const C* d, int64_t ldd, int64_t rows, C* scratch) {
-  constexpr int L = Lanes<C>::n, T = kTileRows, block = 512;
+  constexpr int L = Lanes<C>::n, T = kTileRows, block = 192;
   const int64_t w = padded<C>(real);
   const int vectors = (int)(w / L);
   C* total = scratch + K * w;

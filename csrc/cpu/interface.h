@@ -25,11 +25,14 @@ struct InterfaceLayout {
 // The activated pieces: key [H, Wp], strength, gate, gamma [H], shift [H, S], erase, add [Hw, Wp]. Padding is 0.
 template <class C> struct Pieces {
   C *key, *strength, *gate, *shift, *gamma, *erase, *add;
+  C *scalars, *exponential, *logistic;  // of strengths, gammas, gates and shifts, on their way
 
   void layout(Arena& a, const InterfaceLayout& l) {
     const int64_t H = l.heads(), Wp = padded<C>(l.W);
     a.take(key, H * Wp), a.take(strength, H), a.take(gate, H), a.take(gamma, H), a.take(shift, H * l.shifts());
     a.take(erase, l.Hw * Wp), a.take(add, l.Hw * Wp);
+    const int64_t count = padded<C>((3 + l.shifts()) * H);
+    a.take(scalars, count), a.take(exponential, count), a.take(logistic, count);
   }
 };
 
@@ -49,21 +52,32 @@ template <class C, class G, class F, class P> MC_INLINE void map_scalars(int64_t
 template <class C> inline void activate(const Pieces<C>& p, const C* x, const InterfaceLayout& l) {
   constexpr int L = Lanes<C>::n;
   const int64_t S = l.shifts(), W = l.W, Wp = padded<C>(W), H = l.heads();
-  map_scalars<C>(
-      2 * H, [&](int64_t i) { return x[i < H ? l.strength(i) : l.gamma(i - H)]; }, [](Vec<C> v) { return softplus(v); },
-      [&](int64_t i, C y) {
-        if (i < H) p.strength[i] = y;
-        else p.gamma[i - H] = 1 + y;
-      });
-  map_scalars<C>(H, [&](int64_t h) { return x[l.gate(h)]; }, [](Vec<C> v) { return sigmoid(v); }, [&](int64_t h, C y) { p.gate[h] = y; });
+  // Strengths, gammas, gates and shifts share their exponentials.
+  const int64_t count = (3 + S) * H;
   for (int64_t h = 0; h < H; h++) {
-    std::memcpy(p.key + h * Wp, x + l.head(h), (size_t)W * sizeof(C));
-    fill(p.key + h * Wp + W, Wp - W, (C)0);
+    C *key = p.key + h * Wp, *e = p.scalars + 3 * H + h * S;
+    copy(key, x + l.head(h), W);
+    fill(key + W, Wp - W, (C)0);
+    p.scalars[h] = x[l.strength(h)], p.scalars[H + h] = x[l.gamma(h)], p.scalars[2 * H + h] = x[l.gate(h)];
     const C* s = x + l.shift(h);
-    C top = s[0], total = 0;
+    C top = s[0];
     for (int64_t j = 1; j < S; j++) top = s[j] > top || s[j] != s[j] ? s[j] : top;
-    map_scalars<C>(S, [&](int64_t j) { return s[j] - top; }, [](Vec<C> v) { return exp_negative(v); }, [&](int64_t j, C y) { total += p.shift[h * S + j] = y; });
-    for (int64_t j = 0; j < S; j++) p.shift[h * S + j] /= total;
+    for (int64_t j = 0; j < S; j++) e[j] = s[j] - top;
+  }
+  fill(p.scalars + count, padded<C>(count) - count, (C)0);
+  for (int64_t i = 0; i < count; i += L) {
+    const Vec<C> v = load(p.scalars + i), e = exp_negative(v < 0 ? v : -v), s = reciprocal(1 + e);
+    store(p.exponential + i, e);
+    if (i < 3 * H) store(p.logistic + i, v < 0 ? e * s : s);
+    if (i < 2 * H) store(p.scalars + i, (v < 0 ? Vec<C>{} : v) + log1p_unit(e));
+  }
+  for (int64_t h = 0; h < H; h++) {
+    p.strength[h] = p.scalars[h], p.gamma[h] = 1 + p.scalars[H + h], p.gate[h] = p.logistic[2 * H + h];
+    const C* e = p.exponential + 3 * H + h * S;
+    C total = 0;
+    for (int64_t j = 0; j < S; j++) total += e[j];
+    total = 1 / total;
+    for (int64_t j = 0; j < S; j++) p.shift[h * S + j] = e[j] * total;
   }
   for (int64_t i = 0; i < l.Hw; i++) {
     for (int64_t w = 0; w < Wp; w += L) {

@@ -297,6 +297,11 @@ template <class C> MC_INLINE C sum(Vec<C> v) {
   return x[0];
 }
 #if defined(__SSE2__)
+MC_INLINE __m128 fold4(Vec<float> v);
+template <> MC_INLINE float sum<float>(Vec<float> v) {
+  const __m128 x = fold4(v), y = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
 MC_INLINE __m128 fold4(Vec<float> v) {
 #if defined(__AVX512F__)
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
@@ -363,6 +368,32 @@ template <int n, class V, class C> MC_INLINE void sum_all(const V* v, C* out) {
 }
 MC_INLINE float root(float x) { return __builtin_sqrtf(x); }
 MC_INLINE double root(double x) { return __builtin_sqrt(x); }
+// 1 / sqrt(x) for x > 0 and finite, 1 / x for normal x with a normal reciprocal: where the division unit is slow, from the approximation
+// (14 bits) by a Newton step, to about a unit in the last place.
+MC_INLINE Vec<float> inverse_root(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> y = (Vec<float>)_mm512_rsqrt14_ps((__m512)x);
+  return y + y * (0.5f - 0.5f * x * y * y);
+#elif defined(__AVX2__)
+  return 1 / (Vec<float>)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < Lanes<float>::n; i++) x[i] = 1 / root((float)x[i]);
+  return x;
+#endif
+}
+MC_INLINE Vec<double> inverse_root(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::n; i++) x[i] = 1 / root((double)x[i]);
+  return x;
+}
+MC_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return y + y * (1 - x * y);
+#else
+  return 1 / x;
+#endif
+}
+MC_INLINE Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
 // Running extremes pass over NaN in `x`.
 #if defined(__AVX512F__)
 MC_INLINE Vec<float> running_max(Vec<float> m, Vec<float> x) { return (Vec<float>)_mm512_max_ps((__m512)x, (__m512)m); }
@@ -377,11 +408,17 @@ MC_INLINE Vec<float> running_min(Vec<float> m, Vec<float> x) { return x < m ? x 
 MC_INLINE Vec<double> running_max(Vec<double> m, Vec<double> x) { return x > m ? x : m; }
 MC_INLINE Vec<double> running_min(Vec<double> m, Vec<double> x) { return x < m ? x : m; }
 template <class C> MC_INLINE C max_of(Vec<C> v) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(C, float)) return _mm512_reduce_max_ps((__m512)v);
+#endif
   C m = v[0];
   for (int i = 1; i < Lanes<C>::n; i++) m = v[i] > m ? v[i] : m;
   return m;
 }
 template <class C> MC_INLINE C min_of(Vec<C> v) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(C, float)) return _mm512_reduce_min_ps((__m512)v);
+#endif
   C m = v[0];
   for (int i = 1; i < Lanes<C>::n; i++) m = v[i] < m ? v[i] : m;
   return m;
@@ -438,7 +475,7 @@ MC_INLINE Vec<double> log1p_unit(Vec<double> e) {
   return e;
 }
 template <class V> MC_INLINE V sigmoid(V x) {
-  const V e = exp_negative(x < 0 ? x : -x), s = 1 / (1 + e);
+  const V e = exp_negative(x < 0 ? x : -x), s = reciprocal(1 + e);
   return x < 0 ? e * s : s;
 }
 template <class V> MC_INLINE V softplus(V x) { return (x < 0 ? V{} : x) + log1p_unit(exp_negative(x < 0 ? x : -x)); }

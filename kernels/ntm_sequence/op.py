@@ -62,6 +62,11 @@ def _up16(n):
     return (n + 15) // 16 * 16
 
 
+def copies_every(steps: int) -> int:
+    """Steps between two kept copies of the memory: as many copies as floor(sqrt(T)), evenly apart."""
+    return max(1, -(-steps // max(1, math.isqrt(steps))))
+
+
 def saved_numbers(
     steps, batch, inputs, units, slots, width, lstm, layers, read_heads, write_heads, shift_range, every
 ) -> dict[str, int]:  # fmt: skip
@@ -202,7 +207,7 @@ def ntm_sequence(
         if dtype in (torch.bfloat16, torch.float16):  # the kernel's state stays in float32 from the first step to the last
             *states, vector = (t.float() for t in (*states, vector))
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, vector))
-        every = checkpoint_every or max(1, round(math.sqrt(T)))
+        every = checkpoint_every or copies_every(T)
         rest = O, gated, L, read_heads, write_heads, shift_range, order == _ORDERS[0], float(clip or 0), every, keep
         return NTMSequence(*(t.to(dtype) for t in _fwd(*states, vector, lengths, *rest)))
     pairs = list(zip(flat[::2], flat[1::2]))
