@@ -6,6 +6,7 @@ from .kernels.erase_add_write.reference import erase_add_write, erase_add_write_
 from .kernels.interpolate.reference import interpolate
 from .kernels.least_used.reference import least_used
 from .kernels.lrua_write.reference import lrua_write
+from .kernels.mann_sequence.reference import MANNParameters, MANNSequence, mann_sequence
 from .kernels.ntm_addressing.reference import ntm_addressing
 from .kernels.ntm_sequence.reference import NTMParameters, NTMSequence, ntm_sequence
 from .kernels.ntm_step.reference import NTMStep, ntm_step
@@ -16,6 +17,8 @@ from .kernels.usage_update.reference import usage_update
 
 __all__ = [
     "Interface",
+    "MANNParameters",
+    "MANNSequence",
     "NTMParameters",
     "NTMSequence",
     "NTMStep",
@@ -26,6 +29,7 @@ __all__ = [
     "interpolate",
     "least_used",
     "lrua_write",
+    "mann_sequence",
     "ntm_addressing",
     "ntm_sequence",
     "ntm_step",

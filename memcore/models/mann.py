@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .. import functional as F
+from ..kernels.mann_sequence.op import runs_whole
 from ._controllers import LSTMController
 from ._recurrent import MemoryCell, MemoryNetwork, map_state, one_of
 
@@ -124,6 +125,28 @@ class MANNCell(MemoryCell):
         usage = F.usage_update(state.usage, read_weights.detach(), write_weights.detach(), self.decay)
         return h, MANNState(memory, reads, read_weights, usage, controller), (write_weights, key if word is None else word)
 
+    def sequence(
+        self, x: Tensor, state: MANNState, lengths: list[int] | None, output: nn.Linear
+    ) -> tuple[Tensor, MANNState] | None:
+        standard = self.slots == "one" and isinstance(self.controller, LSTMController)
+        if not standard or torch.is_autocast_enabled(x.device.type) or not runs_whole(x.device):
+            return None
+        found = F.mann_sequence(
+            x,
+            state.memory,
+            state.reads,
+            state.read_weights,
+            state.usage,
+            torch.stack(state.controller),
+            F.MANNParameters(self.controller.layers(), (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
+            decay=self.decay,
+            zero=self.zero,
+            add=self.add,
+            order=self.order,
+            lengths=None if lengths is None else torch.tensor(lengths),
+        )
+        return found.output, MANNState(*found[1:5], found.controller.unbind(0))
+
     def _write(self, state: MANNState, key: Tensor, word: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
         if self.slots == "one":
             return F.lrua_write(state.memory, key, state.read_weights, state.usage, gate, zero=self.zero, add=word)
@@ -164,7 +187,8 @@ class MANN(MemoryNetwork):
     head; write weights sigmoid(alpha_t) w^r_{t-1} + (1 - sigmoid(alpha_t)) w^lu, where w^lu marks the least-used slot; that
     slot is zeroed, then the keys are added (eqs. 5-8); w^r_t = softmax_n cos(k_t, M_t(n)), without a strength (eqs. 2-3);
     reads are sums of slots under w^r_t (eq. 4); usage_t = decay usage_{t-1} + sum w^r_t + sum w^w_t (eq. 5); y_t = W_o [h_t,
-    reads_t] + b_o are logits. Runs on `memcore.functional.lrua_write`. Choosing the slot has no gradient, all else has.
+    reads_t] + b_o are logits. On the CPU a sequence runs in
+    `memcore.functional.mann_sequence` (with slots="one"), elsewhere step by step on `lrua_write`. Choosing the slot has no gradient, all else has.
 
     In the papers' tasks the input is [x_t, label of the previous step]; the caller joins them.
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import memcore
+from memcore import _backend
+from memcore import functional as F
 from memcore.models import MANN, MANNCell
 
 SMALL = {"memory_slots": 6, "slot_width": 3, "controller_size": 5, "read_heads": 2}
@@ -109,10 +112,66 @@ def test_trace_follows_the_forward_pass():
         "memory": (6, 3), "reads": (2, 3), "read_weights": (2, 6), "write_weights": (2, 6), "add": (2, 3), "usage": (6,), "output": (3,),
     }
     assert {k: tuple(v.shape) for k, v in trace.items()} == {k: (5, 3, *v) for k, v in sizes.items()}
-    assert torch.equal(trace["output"], output) and torch.equal(trace["memory"][-1], state.memory)
+    # A trace goes step by step, the forward pass through the whole sequence at once.
+    torch.testing.assert_close(trace["output"], output.detach())
+    torch.testing.assert_close(trace["memory"][-1], state.memory.detach())
+    torch.testing.assert_close(trace["usage"][-1], state.usage)
     # Both heads write into slot 1 at first: slot 0 has been used by decree.
     first = trace["write_weights"][0]
     assert torch.allclose(first[..., 0] + first[..., 1], torch.ones(3, 2)) and first[..., 1].min() > 0
+
+
+def test_the_whole_sequence_equals_the_steps(monkeypatch):
+    torch.manual_seed(0)
+    model = MANN(4, 3, add="separate", **SMALL)
+    x, lengths = torch.randn(7, 3, 4), [7, 0, 4]
+
+    def run():
+        output, state = model(x, lengths=lengths)
+        loss = output.square().sum() + state.memory.sum() + sum(s.square().sum() for s in state.controller)
+        return [output, *state[:4], *state.controller, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    if _backend.native is not None:
+        called = []
+        sequence = F.mann_sequence
+        monkeypatch.setattr(F, "mann_sequence", lambda *args, **options: called.append(1) or sequence(*args, **options))
+    whole = run()
+    assert _backend.native is None or called
+    with memcore.backend("reference"):
+        steps = run()
+    for a, b in zip(whole, steps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_streaming_equals_the_whole_sequence():
+    torch.manual_seed(0)
+    model = MANN(4, 3, **SMALL)
+    x = torch.randn(9, 2, 4)
+    whole, last = model(x)
+    state, outputs = None, []
+    for x_t in x:
+        y, state = model.step(x_t, state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.stack(outputs), whole)
+    torch.testing.assert_close(state.memory, last.memory)
+
+
+def test_a_controller_of_ones_own_goes_step_by_step():
+    class Plain(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.output_size = inner, inner.output_size
+
+        def __getattr__(self, name):
+            return getattr(super().__getattr__("inner"), name) if name != "inner" else super().__getattr__(name)
+
+    torch.manual_seed(0)
+    model = MANN(4, 3, **SMALL)
+    x = torch.randn(5, 2, 4)
+    output, _ = model(x)
+    model.cell.controller = Plain(model.cell.controller)
+    assert model.cell.sequence(x, model.initial_state(2), None, model.output) is None
+    torch.testing.assert_close(model(x)[0], output)
 
 
 def test_cell_gives_the_features():
