@@ -85,10 +85,12 @@ def recurrences(case: StepCase, names: Iterable[str], seed: int = 0, say: Callab
 
 
 def _saved(case: StepCase, variants: dict[str, Recurrence]) -> dict[str, int]:
-    """Bytes kept for the backward beside the controller's own activations: of PyTorch's variants, what a step without memory keeps."""
+    """Bytes kept for the backward beside the controller's own: its activations and one copy of the parameters; of PyTorch's variants, what
+    steps without memory keep."""
     kept = {name: measure.saved_bytes(v.forward, [v.input, *v.net.parameters()]) for name, v in variants.items()}
     floor = kept.pop("floor", 0)
     own = saved_numbers(case.T, case.B, X, K, case.N, case.W, True, 1, case.R, case.Hw, 1, copies_every(case.T))["controller"]
+    own += sum(p.numel() for p in next(iter(variants.values())).net.parameters())
     return {name: n - (4 * own if name == "memcore" else floor) for name, n in kept.items()}
 
 

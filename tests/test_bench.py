@@ -8,9 +8,11 @@ import torch
 
 import memcore
 from memcore.bench import base, baselines, cases, measure, rows, runner
+from memcore.bench import sequence as sequence_suite
 from memcore.bench.__main__ import main
-from memcore.bench.cases import CASES, SHAPES, STEPS, Gate, Shape
+from memcore.bench.cases import CASES, SHAPES, STEPS, Gate, Shape, StepCase
 from memcore.bench.measure import Timing
+from memcore.kernels.ntm_sequence.op import runs_whole, saved_numbers
 
 
 @pytest.mark.parametrize("variant", ["eager", "naive"])
@@ -188,6 +190,22 @@ def test_quick_runs_write_rows_that_read_back(tmp_path, capsys):
     assert [json.loads(line)["op"] for line in lines] == [r["op"] for r in found]
     assert main([*args, "--op", "least_used", "table"]) == 0
     assert "| least_used (16,1,128,20) |" in capsys.readouterr().out
+
+
+def test_the_sequence_suite_times_every_axis_and_counts_what_is_kept(run, monkeypatch):
+    tiny = StepCase(2, 1, 1, 16, 8, 9, Gate())
+    monkeypatch.setattr(sequence_suite, "SEQUENCES", {"small": tiny})
+    run.variants, run.threads, run.sizes = ("memcore", "eager"), (1,), ("small",)
+    runner.sequence(run)
+    ours = [r for r in run.rows if r["variant"] == "memcore"]
+    assert [r["suite"] for r in ours] == ["sequence", *["scaling"] * 8]
+    assert [r["pass"].rpartition(" ")[2] for r in ours[1:]] == ["B", "B", "N", "N", "W", "W", "T", "T"]
+    if runs_whole(torch.device("cpu")):
+        kept = saved_numbers(9, 2, 9, 100, 16, 8, True, 1, 1, 1, 1, 3)
+        first = 2 * (16 * 8 + 8 + 2 * 16 + 2 * 100)  # memory, reads, weights and controller before the first step
+        assert 0 <= ours[0]["saved_bytes"] - 4 * (kept["addressing"] + kept["memory"]) <= 4 * first
+        theirs = next(r for r in run.rows if r["variant"] == "eager")
+        assert theirs["saved_bytes"] > ours[0]["saved_bytes"]
 
 
 def test_tables_show_the_newest_rows(run, tmp_path):
