@@ -308,14 +308,26 @@ template <class C> MC_INLINE C sharpest(const C* w, C gamma, int64_t Np) {
   return gamma >= 0 ? max_of<C>(x) : min_of<C>(x);
 }
 
+// v / extreme without a division a vector; the factor keeps a subnormal extreme's reciprocal finite.
+template <class C> struct Ratio {
+  C up, inverse;
+  explicit Ratio(C extreme) {
+    constexpr C tiny = sizeof(C) == 4 ? (C)1e-30 : (C)1e-290;
+    up = extreme < tiny ? (C)18446744073709551616.0 : (C)1;
+    inverse = 1 / (extreme * up);
+  }
+  MC_INLINE Vec<C> of(Vec<C> v) const { return v * up * inverse; }
+};
+
 // What sharpen_row leaves for a backward, where its result is known.
 template <class C> inline void sharpen_again(C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
   constexpr int L = Lanes<C>::n;
   const C extreme = sharpest(w, gamma, Np);
   if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())) return fill(ratio_log, Np, (C)0);
+  const Ratio<C> ratio(extreme);
   for (int64_t n = 0; n < Np; n += L) {
     const Vec<C> v = load(w + n);
-    store(ratio_log + n, v <= 0 ? Vec<C>{} : log_positive(v / extreme));
+    store(ratio_log + n, v <= 0 ? Vec<C>{} : log_positive(ratio.of(v)));
   }
 }
 
@@ -331,10 +343,11 @@ template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C
     return;
   }
   Total<C> total;
+  const Ratio<C> ratio(extreme);
   for (int64_t n = 0; n < Np; n += L) {
     const Vec<C> v = load(w + n);
     const IVec<C> none = v <= 0;
-    const Vec<C> l = log_positive(v / extreme), e = none ? Vec<C>{} : exp_negative(gamma * l);
+    const Vec<C> l = log_positive(ratio.of(v)), e = none ? Vec<C>{} : exp_negative(gamma * l);
     if (LOG) store(ratio_log + n, none ? Vec<C>{} : l);
     store(p + n, e);
     total.add(e);

@@ -85,35 +85,35 @@ MC_INLINE void tile_product(C* c, int64_t ldc, const C* start, const C* a, int64
     }
 }
 
+// Rows of one panel of columns; each row count has its own order of sums.
 template <int R, bool ADD, class C>
-MC_INLINE void rows_product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, const Packed<C>& b) {
-  constexpr int L = Lanes<C>::n, U = R <= 2 ? 4 : R <= 4 && kBytes == 64 ? 2 : 1;
-  for (int64_t n = 0; n < b.Np; n += b.P) {
-    const C* s = start ? start + n : nullptr;
-    switch (b.width(n) / L) {
-      case 3: tile_product<R, 3, U, ADD>(c + n, ldc, s, a, lda, b.panel(n), b.K); break;
-      case 2: tile_product<R, 2, U, ADD>(c + n, ldc, s, a, lda, b.panel(n), b.K); break;
-      default: tile_product<R, 1, U, ADD>(c + n, ldc, s, a, lda, b.panel(n), b.K);
-    }
-  }
+MC_INLINE void panel_product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, const C* b, int64_t K, int vectors) {
+  constexpr int U = R <= 2 ? 4 : R <= 4 && kBytes == 64 ? 2 : 1;
+  if (vectors == 3) tile_product<R, 3, U, ADD>(c, ldc, start, a, lda, b, K);
+  else if (vectors == 2) tile_product<R, 2, U, ADD>(c, ldc, start, a, lda, b, K);
+  else tile_product<R, 1, U, ADD>(c, ldc, start, a, lda, b, K);
 }
 
 // c [rows, b.Np] = start + a [rows, b.K] b, or with ADD c += a b; writes whole vectors, so rows of c are padded. A row's sums depend on
-// `rows` in their order, not on its place.
+// `rows` in their order, not on its place. A panel of b stays in the first cache for all rows.
 template <bool ADD, class C> inline void product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, int64_t rows, const Packed<C>& b) {
   constexpr int T = kTileRows;
-  int64_t r = 0;
-  for (; r + T <= rows; r += T) rows_product<T, ADD>(c + r * ldc, ldc, start, a + r * lda, lda, b);
-  c += r * ldc, a += r * lda;
-  switch (rows - r) {
-    case 1: rows_product<1, ADD>(c, ldc, start, a, lda, b); break;
-    case 2: rows_product<2, ADD>(c, ldc, start, a, lda, b); break;
-    case 3: rows_product<3, ADD>(c, ldc, start, a, lda, b); break;
-    case 4: rows_product<4 < T ? 4 : 1, ADD>(c, ldc, start, a, lda, b); break;
-    case 5: rows_product<5 < T ? 5 : 1, ADD>(c, ldc, start, a, lda, b); break;
-    case 6: rows_product<6 < T ? 6 : 1, ADD>(c, ldc, start, a, lda, b); break;
-    case 7: rows_product<7 < T ? 7 : 1, ADD>(c, ldc, start, a, lda, b); break;
-    default: break;
+  for (int64_t n = 0; n < b.Np; n += b.P) {
+    const C *s = start ? start + n : nullptr, *p = b.panel(n), *x = a;
+    const int v = (int)(b.width(n) / Lanes<C>::n);
+    C* y = c + n;
+    int64_t left = rows;
+    for (; left >= T; left -= T, x += T * lda, y += T * ldc) panel_product<T, ADD>(y, ldc, s, x, lda, p, b.K, v);
+    switch (left) {
+      case 1: panel_product<1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      case 2: panel_product<2, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      case 3: panel_product<3, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      case 4: panel_product<4 < T ? 4 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      case 5: panel_product<5 < T ? 5 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      case 6: panel_product<6 < T ? 6 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      case 7: panel_product<7 < T ? 7 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+      default: break;
+    }
   }
 }
 
