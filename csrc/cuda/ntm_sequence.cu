@@ -230,7 +230,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
     else if (staging) room = arena.template take<float>(staged_size<float>(M));
   }
   // Memories in the workspace: the first of each few is the copy itself.
-  static int64_t workspace(const SequenceArgs& a) { return WORKSPACE ? (least(a.every, a.T) - 1) * a.N * a.W : 0; }
+  __host__ __device__ static int64_t workspace(const SequenceArgs& a) { return WORKSPACE ? (least(a.every, a.T) - 1) * a.N * a.W : 0; }
 
   __device__ float* delta(int64_t t) const { return a.deltas + at(t) * a.delta(); }
   // The memory before step t, of the last few rebuilt ones.
@@ -420,13 +420,11 @@ inline SequencePlan forward_plan(const SequenceArgs& a) {
 // The first of these that fits: memories in shared memory; in the workspace, each brought to shared memory; read where they are.
 inline SequencePlan backward_plan(const SequenceArgs& a) {
   const int64_t limit = mc_shared_limit(a.device);
-  int64_t shared = shared_of([&](auto& arena) { SequenceBackward<false>(arena, a, false); });
-  if (shared <= limit) return {shared, true, false, false};
-  for (const bool staged : {true, false}) {
-    shared = shared_of([&](auto& arena) { SequenceBackward<true>(arena, a, staged); });
-    if (shared <= limit) return {shared, true, true, staged};
-  }
-  return {shared, false, true, false};
+  const int64_t all = shared_of([&](auto& arena) { SequenceBackward<false>(arena, a, false); });
+  const int64_t one = shared_of([&](auto& arena) { SequenceBackward<true>(arena, a, true); });
+  const int64_t none = shared_of([&](auto& arena) { SequenceBackward<true>(arena, a, false); });
+  if (all <= limit) return {all, true, false, false};
+  return one <= limit ? SequencePlan{one, true, true, true} : SequencePlan{none, none <= limit, true, false};
 }
 
 }  // namespace cuda
