@@ -25,17 +25,18 @@ __device__ inline void product(const float* x, const float* w, const float* bias
   constexpr int kColumns = kThreads / 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int n0 = 0; n0 < N; n0 += kThreads) {
-    const int left = N - n0 - lane;
     float acc[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; j++) acc[j] = 0;
 #pragma unroll 2
     for (int k = warp; k < K; k += kWarps) {
-      const float* row = w + (int64_t)k * N + n0 + lane;
+      const float* row = w + (int64_t)k * N;
       const float v = x[k];
 #pragma unroll
-      for (int j = 0; j < kColumns; j++)
-        if (32 * j < left) acc[j] += v * row[32 * j];
+      for (int j = 0; j < kColumns; j++) {
+        const int n = n0 + 32 * j + lane;
+        if (n < N) acc[j] += v * row[n];
+      }
     }
     __syncthreads();
 #pragma unroll

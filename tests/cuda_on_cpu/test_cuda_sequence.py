@@ -16,7 +16,8 @@ from memcore import _backend
 from memcore import backend as choose
 from memcore.kernels.ntm_sequence import cuda
 from memcore.kernels.ntm_sequence.op import _sizes
-from test_ntm_sequence import CASES, call, compare, draw, gradients, ntm_sequence
+from shim_calls import SEQUENCES as CASES
+from test_ntm_sequence import call, compare, draw, gradients, ntm_sequence
 
 SOME = ("lengths_two_layers", "five_reads_two_writes", "tanh", "clipped")
 """Every branch of the kernel's own between them."""
