@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["GPU_TABLE", "Call", "backend", "describe", "gives_up", "gpu_order", "takes_kernel"]
+__all__ = ["GPU_TABLE", "Call", "backend", "describe", "gives_up", "gpu_order", "takes_kernel", "takes_native"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 _log = logging.getLogger("memcore")
@@ -131,6 +131,11 @@ GPU_TABLE = (
         ("ntm_step",), ("block", "many", "few"), "native",
         "one launch each way, one block an element in both; native holds memories of up to 227 KiB in shared memory and reads them once, "
         "Triton 8192 elements in registers",
+    ),
+    Preference(
+        ("ntm_sequence",), ("block", "many", "few"), "native",
+        "one launch each way for all steps, the element's memory in shared memory throughout; what does not fit a block "
+        "(kernels/ntm_sequence/cuda.py) is run step by step by ntm_step and never comes here",
     ),
     Preference(
         ("erase_add_write_fwd", "erase_add_write_"), ("block", "many", "few"), "native",
@@ -276,6 +281,11 @@ def takes_kernel(op: str, device: torch.device) -> bool:
     if not reason:
         return True
     raise RuntimeError(_refused(name, op, kind, reason))
+
+
+def takes_native(name: str, call: Call) -> bool:
+    """Whether CUDA's kernel takes this call of operator `name`, which has no other and another way to do the work."""
+    return _requested in ("auto", "native") and not _transformed() and not _gpu_refusal("native", name, call)
 
 
 def _refused(name: str, op: str, kind: str, reason: str) -> str:

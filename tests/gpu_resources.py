@@ -131,11 +131,11 @@ _CUDA_TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat1
 
 
 def cuda_name(symbol: str) -> str:
-    """_ZN7memcore4cuda15read_fwd_kernelI6__halfLb0EEE.. -> read_fwd_kernel float16 (spilling arrays: .. workspace float16)."""
+    """_ZN7memcore4cuda15read_fwd_kernelI6__halfLb0EEE.. -> read_fwd_kernel float16 (spilling arrays: .. workspace float16); without a type: float32."""
     size = re.match(r"_ZN7memcore4cuda(\d+)", symbol)
     name, rest = symbol[size.end() :][: int(size[1])], symbol[size.end() + int(size[1]) :]
-    of = re.match(r"I(f|6__half|13__nv_bfloat16)(?:Lb([01])E)?", rest)
-    return f"{name} {'workspace ' if of[2] == '1' else ''}{_CUDA_TYPES[of[1]]}"
+    of = re.match(r"(?:I(f|6__half|13__nv_bfloat16)?(?:Lb([01])E)?)?", rest)
+    return f"{name} {'workspace ' if of[2] == '1' else ''}{_CUDA_TYPES[of[1] or 'f']}"
 
 
 @lru_cache(maxsize=None)

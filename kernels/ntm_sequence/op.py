@@ -9,7 +9,7 @@ from ... import _backend, _checks
 from .._op import register
 from ..ntm_step.op import ntm_step
 from ..split_interface.op import check_heads
-from . import reference
+from . import cuda, reference
 from .reference import NTMParameters, NTMSequence
 
 __all__ = ["NTMParameters", "NTMSequence", "ntm_sequence"]
@@ -88,9 +88,13 @@ def _fake(
 ):  # fmt: skip
     steps, batch, inputs = input.shape
     _, slots, width = memory.shape
-    saved = saved_numbers(
-        steps, batch, inputs, controller.shape[2], slots, width, lstm, layers, read_heads, write_heads, shift_range, every
-    )  # fmt: skip
+    if memory.is_cuda:
+        sizes = cuda.Sizes(inputs, controller.shape[2], outputs, slots, width, lstm, layers, read_heads, write_heads, shift_range)
+        saved = cuda.saved_numbers(sizes, steps, batch, every)
+    else:
+        saved = saved_numbers(
+            steps, batch, inputs, controller.shape[2], slots, width, lstm, layers, read_heads, write_heads, shift_range, every
+        )  # fmt: skip
     return (
         memory.new_empty(steps, batch, outputs),
         memory.new_empty(memory.shape),
@@ -113,9 +117,12 @@ _fwd = register(
 )
 
 
-def runs_whole(device: torch.device) -> bool:
-    """Whether one kernel runs the recurrence; on GPUs `ntm_step` runs it step by step."""
-    return device.type == "cpu" and _backend.takes_kernel(_OP, device)
+def runs_whole(memory: Tensor, *sizes: int) -> bool:
+    """Whether one kernel runs the recurrence of a network of these `cuda.Sizes`, all but slots and width, which are those of `memory`."""
+    if memory.is_cuda:
+        inputs, units, outputs, *rest = sizes
+        return cuda.fits(memory, cuda.Sizes(inputs, units, outputs, *memory.shape[1:], *rest))
+    return memory.device.type == "cpu" and _backend.takes_kernel(_OP, memory.device)
 
 
 def ntm_sequence(
@@ -135,11 +142,12 @@ def ntm_sequence(
     lengths: Tensor | None = None,
     checkpoint_every: int | None = None,
 ) -> NTMSequence:
-    """A Neural Turing Machine over a whole sequence in ONE operator on the CPU, controller and output layer included (Graves et al. 2014).
+    """A Neural Turing Machine over a whole sequence in ONE operator, controller and output layer included (Graves et al. 2014).
 
     At each step: h_t = controller([x_t, reads_{t-1}]); interface = W_i h_t + b_i, clamped to -clip..clip; memory, reads and weights by
     `ntm_step`; output_t = W_o [h_t, reads_t] + b_o. The backward goes through time by hand: it keeps each step's activations, similarities
-    and weights, and the memory once every `checkpoint_every` steps, from which it rebuilds the others. On GPUs `ntm_step` runs time step by time step.
+    and weights, and the memory once every `checkpoint_every` steps, from which it rebuilds the others. On NVIDIA GPUs a block of threads
+    keeps an element's memory in shared memory throughout; where it does not fit, and on other devices, `ntm_step` runs step by step.
 
     Args:
         input: [T, B, X].
@@ -200,7 +208,7 @@ def ntm_sequence(
             raise ValueError(f"memcore.{_OP}: 'lengths' must lie in 0..T = 0..{T}, got {lengths.tolist()}")
         lengths = lengths.to(memory.device, torch.int64).clamp(0, T)
     heads = {"read_heads": read_heads, "write_heads": write_heads, "shift_range": shift_range, "order": order}
-    if N > 0 and L <= _MOST_LAYERS and runs_whole(memory.device):
+    if N > 0 and L <= _MOST_LAYERS and runs_whole(memory, X, K, O, gated, L, read_heads, write_heads, shift_range):
         dtype = memory.dtype
         states = [input, memory, reads, weights, controller]
         vector = torch.cat([t.reshape(-1) for t in flat])

@@ -187,7 +187,11 @@ class NTMCell(MemoryCell):
     ) -> tuple[Tensor, NTMState] | None:
         gated = isinstance(self.controller, LSTMController)
         standard = gated or isinstance(self.controller, FeedForwardController)
-        if not standard or torch.is_autocast_enabled(x.device.type) or not runs_whole(x.device):
+        if not standard or torch.is_autocast_enabled(x.device.type):
+            return None
+        units, layers = self.controller.output_size, self.controller.layers()
+        heads = self.read_heads, self.write_heads, self.shift_range
+        if not runs_whole(state.memory, self.input_size, units, output.out_features, gated, len(layers), *heads):
             return None
         start = torch.stack(state.controller) if gated else x.new_empty(0, x.shape[1], self.controller.output_size)
         found = F.ntm_sequence(
@@ -196,7 +200,7 @@ class NTMCell(MemoryCell):
             state.reads,
             state.weights,
             start,
-            F.NTMParameters(self.controller.layers(), (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
+            F.NTMParameters(layers, (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
             read_heads=self.read_heads,
             write_heads=self.write_heads,
             shift_range=self.shift_range,

@@ -107,9 +107,10 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, tensors, *args):
         ctx.op, ctx.rest = op, args[tensors:]
-        ctx.save_for_backward(*args[:tensors])
+        found, saved = _call(op, "fwd", args), _saved(op)
+        ctx.save_for_backward(*(found[-saved:] if saved else ()), *args[:tensors])
         ctx.set_materialize_grads(False)
-        return _call(op, "fwd", args)
+        return found[:-saved] if saved else found
 
     @staticmethod
     def backward(ctx, *grads):
@@ -118,7 +119,8 @@ class _Kernels(torch.autograd.Function):
         found = getattr(torch.ops.memcore, f"{ctx.op}_bwd").default(*args) if again else _call(ctx.op, "bwd", args)
         found = iter((found,) if isinstance(found, torch.Tensor) else found)
         out = [next(found) if name in _differentiable(ctx.op) else None for name in _tensor_names(ctx.op)]
-        return None, None, *(g if t is not None else None for g, t in zip(out, ctx.saved_tensors)), *(None for _ in ctx.rest)
+        tensors = ctx.saved_tensors[_saved(ctx.op) :]
+        return None, None, *(g if t is not None else None for g, t in zip(out, tensors)), *(None for _ in ctx.rest)
 
 
 def kernels(op: str, way: str):
@@ -153,8 +155,15 @@ def _tensor_names(op: str) -> list[str]:
 
 
 @lru_cache(maxsize=None)
+def _saved(op: str) -> int:
+    """How many of the forward's tensors are for the backward alone."""
+    schema = getattr(torch.ops.memcore, f"{op}_bwd").default._schema
+    return sum(a.name.startswith("saved_") for a in schema.arguments)
+
+
+@lru_cache(maxsize=None)
 def _differentiable(op: str) -> tuple[str, ...]:
-    not_ = {"content_addressing": {"mask"}, "lrua_write": {"usage"}}.get(op, set())
+    not_ = {"content_addressing": {"mask"}, "lrua_write": {"usage"}, "ntm_sequence": {"lengths"}}.get(op, set())
     return tuple(n for n in _tensor_names(op) if n not in not_)
 
 
