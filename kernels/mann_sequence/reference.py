@@ -76,6 +76,8 @@ def run(
     R, W = reads.shape[1:]
     states = list(controller.unbind(0))
     usage = usage.detach()  # it only ranks the slots
+    if lengths is not None:  # padding may hold anything, and nothing times NaN would be NaN in the weights' gradients
+        input = torch.where(torch.arange(len(input), device=input.device).view(-1, 1, 1) < lengths.view(-1, 1), input, 0)
     outputs = []
     for t, x in enumerate(input.unbind(0)):
         before = (memory, reads, read_weights, usage, *states)

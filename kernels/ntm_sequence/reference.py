@@ -58,6 +58,8 @@ def run(
 ) -> NTMSequence:
     """The recurrence, time step by time step; `step` is `ntm_step` or its reference, `heads` its keyword arguments."""
     states = list(controller.unbind(0))
+    if lengths is not None:  # padding may hold anything, and nothing times NaN would be NaN in the weights' gradients
+        input = torch.where(torch.arange(len(input), device=input.device).view(-1, 1, 1) < lengths.view(-1, 1), input, 0)
     outputs = []
     for t, x in enumerate(input.unbind(0)):
         before = (memory, reads, weights, *states)

@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # needs a second read head for that, and more of them than fair bits make.
         "repeat-copy": {
             "task": {"blank": 0.05},
-            "train": {**_NTM_ADAM, "steps": 40_000, "eval_every": 500, "validation": {"ragged": True}, "keep": "best"},
+            "train": {**_NTM_ADAM, "steps": 100_000, "eval_every": 500, "validation": {"ragged": True}, "keep": "best"},
             "ntm": _heads(1, read_heads=2, memory_slots=256, controller_size=256, **_FEEDFORWARD),
             "lstm": _LSTM,
         },
