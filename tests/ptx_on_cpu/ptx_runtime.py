@@ -189,10 +189,6 @@ def to_integer(a, kind, dtype):
     return np.where(np.isnan(x), dtype(0), np.where(x >= float(i.max), i.max, np.where(x <= i.min, i.min, inside))).astype(dtype)
 
 
-def minimum_nan(a, b):
-    return np.minimum(a, b)
-
-
 RUNTIME = {
     f.__name__: f
     for f in (
