@@ -107,6 +107,8 @@ class sizes:
     """A tile of memory that a loop runs over."""
     whole = 8192
     """A memory that one block keeps in registers over forward and backward."""
+    kept = 32768
+    """A memory that ntm_step's forward keeps in registers, as several tiles that it fills."""
     row = 1024
     """A block of slots of weight rows."""
     heads = 4096

@@ -514,6 +514,7 @@ CASES: tuple[Case, ...] = (
             step("N1000_W3", 1, 1, 0, B=1, N=1000, W=3),
             step("N3_R3_r4_w1_read_first", 4, 1, 3, N=3, order="read_write"),
             step("N40_W260_r1_w2", 1, 2, B=1, N=40, W=260),  # more than a Triton block holds
+            step("N512_W32", 1, 1, B=1, N=512, W=32),  # several tiles in registers
             step("no_write_heads", 2, 0, 2, N=20),
             step("no_read_heads", 0, 2, N=7, W=64),
             step("zero_rows", 1, 1, twist=twist(memory=_zero_rows), N=20),

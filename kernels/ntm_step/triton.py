@@ -1,7 +1,8 @@
 """A whole NTM time step in Triton: one launch forward, one backward, a program for each batch element.
 
-A memory that a program holds is read once; else in tiles of slots, twice forward (similarities, then write and reads) and three times
-backward (similarities, the write's and reads' gradients, the similarities'). Rows of weights, and the activated interface, pass through
+A memory that a program holds is read once: up to 8192 elements, forward up to 32768 where slots and width are powers of two. Others go
+in tiles of slots, twice forward (similarities, then write and reads) and three times backward (similarities, the write's and reads'
+gradients, the similarities'). Rows of weights, and the activated interface, pass through
 a workspace of the element's own in float32; a barrier stands between its writers and readers.
 
 Backward, with f_h = 1 - w_h e_h, A = sum over read heads of w_r dr_r^T, G = dM' + A where the write comes first, else dM':
@@ -113,28 +114,43 @@ def parameters_bwd(p_x, p_dx, p_gate, p_shift, p_dbeta, p_dgate, p_dgamma, p_dsh
 
 
 @triton.jit
-def tile(kept, p_memory, n0, N, W, ONE: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-    """Slots n0.. of the memory: the kept ones where they are all."""
-    if ONE:
+def keep(p_memory, N, W, T: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """What registers hold from here on: the memory as one tile [BN, BW], or as the T tiles [T, BN, BW] that it fills; nothing for T = 0."""
+    if T == 1:
+        return load_tile(p_memory, 0, N, W, True, BN, BW)
+    elif T > 1:
+        n = tl.arange(0, T)[:, None] * BN + tl.arange(0, BN)[None, :]
+        return tl.load(p_memory + n[:, :, None] * BW + tl.arange(0, BW)[None, None, :])
+    else:
+        return tl.zeros([1], tl.float32)
+
+
+@triton.jit
+def tile(kept, p_memory, n0, N, W, T: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Slots n0.. of the memory: [BN, BW] float32. Of several kept tiles a thread holds the same part, so that no word changes threads."""
+    if T == 1:
         return kept
+    elif T > 1:
+        return tl.sum(tl.where((tl.arange(0, T) == n0 // BN)[:, None, None], kept, 0.0).to(tl.float32), 0)
     else:
         return load_tile(p_memory, n0, N, W, True, BN, BW)
 
 
 @triton.jit
-def keep(p_memory, N, W, ONE: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-    if ONE:
-        return load_tile(p_memory, 0, N, W, True, BN, BW)
+def last(N, T: tl.constexpr, BN: tl.constexpr):
+    """Where a loop over the tiles ends: known to the compiler if there is one tile, which needs no loop."""
+    if T == 1:
+        return BN
     else:
-        return tl.zeros([BN, BW], tl.float32)
+        return N
 
 
 @triton.jit
-def similarities(kept, p_memory, p_x, p_sim, R, Hw, N, W, S, ONE: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+def similarities(kept, p_memory, p_x, p_sim, R, Hw, N, W, S, T: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
     """sim [H, N] of every head's key with every slot."""
-    for n0 in range(0, N, BN):
+    for n0 in range(0, last(N, T, BN), BN):
         n = n0 + tl.arange(0, BN)
-        m = tile(kept, p_memory, n0, N, W, ONE, BN, BW)
+        m = tile(kept, p_memory, n0, N, W, T, BN, BW)
         im = inverse_norm(tl.sum(m * m, 1))
         for h in range(R + Hw):
             s = similarity(m, im, load_vector(p_x + head_at(h, R, W, S), W, BW), True)
@@ -161,8 +177,9 @@ def place(heads, g, value):
 @triton.jit
 def ntm_step_fwd_kernel(
     p_memory, p_interface, p_previous, p_written, p_reads, p_weights, p_small, p_rows, R, Hw, N, W, S,
-    WRITE_FIRST: tl.constexpr, ONE: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, G: tl.constexpr,
+    WRITE_FIRST: tl.constexpr, T: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
+    G: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Activations, addressing, write and reads of one batch element (Graves et al. 2014, eq. 2-9).
 
@@ -179,18 +196,18 @@ def ntm_step_fwd_kernel(
     p_add = p_erase + Hw * W
     p_sim = p_rows + i_b * 3 * rows
     p_keep = p_sim + 2 * rows
-    kept = keep(p_memory, N, W, ONE, BN, BW)
+    kept = keep(p_memory, N, W, T, BN, BW)
     activate(p_x, p_beta, p_gate, p_gamma, p_shift, p_erase, p_add, R, Hw, W, S, BH, BW)
-    similarities(kept, p_memory, p_x, p_sim, R, Hw, N, W, S, ONE, BN, BW)
+    similarities(kept, p_memory, p_x, p_sim, R, Hw, N, W, S, T, BN, BW)
     tl.debug_barrier()
     weigh(
         p_sim, p_previous + i_b * rows, p_beta, p_gate, p_shift, p_gamma, p_sim + rows, p_weights + i_b * rows, p_keep, H, N, S, BR, BL
     )  # fmt: skip
     heads, w = tl.arange(0, G), tl.arange(0, BW)
-    for r0 in range(0, tl.maximum(R, 1), G):
+    for r0 in range(0, GROUPS * G, G):
         total = tl.zeros([G, BW], tl.float32)
-        for n0 in range(0, N, BN):
-            m = tile(kept, p_memory, n0, N, W, ONE, BN, BW)
+        for n0 in range(0, last(N, T, BN), BN):
+            m = tile(kept, p_memory, n0, N, W, T, BN, BW)
             written = erased(m, p_keep + wide(R) * N, p_erase, n0, Hw, -1, N, W, BN, BW)
             written = added(written, p_keep + wide(R) * N, p_add, n0, Hw, N, W, BN, BW)
             if r0 == 0:
@@ -227,8 +244,9 @@ def grown(p_gmemory, n0, N, W, BN: tl.constexpr, BW: tl.constexpr):
 @triton.jit
 def ntm_step_bwd_kernel(
     p_gmemory, p_greads, p_gweights, p_memory, p_interface, p_previous, p_dmemory, p_dinterface, p_dprevious, p_small, p_rows,
-    R, Hw, N, W, S, WRITE_FIRST: tl.constexpr, ONE: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, GW: tl.constexpr, GH: tl.constexpr,
+    R, Hw, N, W, S, WRITE_FIRST: tl.constexpr, T: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
+    GW: tl.constexpr, WRITE_GROUPS: tl.constexpr, GH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one batch element, from the inputs alone.
 
@@ -254,20 +272,20 @@ def ntm_step_bwd_kernel(
     p_sim = p_rows + i_b * 5 * rows
     p_work, p_keep, p_d, p_dsim = p_sim + rows, p_sim + 2 * rows, p_sim + 3 * rows, p_sim + 4 * rows
     p_writes = p_keep + wide(R) * N
-    kept = keep(p_memory, N, W, ONE, BN, BW)
+    kept = keep(p_memory, N, W, T, BN, BW)
     activate(p_x, p_beta, p_gate, p_gamma, p_shift, p_erase, p_add, R, Hw, W, S, BH, BW)
-    similarities(kept, p_memory, p_x, p_sim, R, Hw, N, W, S, ONE, BN, BW)
+    similarities(kept, p_memory, p_x, p_sim, R, Hw, N, W, S, T, BN, BW)
     tl.debug_barrier()
     p_previous += i_b * rows
     weigh(p_sim, p_previous, p_beta, p_gate, p_shift, p_gamma, p_work, p_keep, None, H, N, S, BR, BL)
 
     # The write and the reads: gradients of all weights, erase and add.
     heads, w = tl.arange(0, GW), tl.arange(0, BW)
-    for h0 in range(0, tl.maximum(Hw, 1), GW):
+    for h0 in range(0, WRITE_GROUPS * GW, GW):
         de, da = tl.zeros([GW, BW], tl.float32), tl.zeros([GW, BW], tl.float32)
-        for n0 in range(0, N, BN):
+        for n0 in range(0, last(N, T, BN), BN):
             n = n0 + tl.arange(0, BN)
-            m = tile(kept, p_memory, n0, N, W, ONE, BN, BW)
+            m = tile(kept, p_memory, n0, N, W, T, BN, BW)
             g = grown(p_gmemory, n0, N, W, BN, BW)
             if WRITE_FIRST:
                 g = asked(g, p_keep, p_greads, n0, R, N, W, BN, BW)
@@ -314,11 +332,11 @@ def ntm_step_bwd_kernel(
 
     # Back through the similarities, and the memory's gradient of everything.
     heads = tl.arange(0, GH)
-    for h0 in range(0, H, GH):
+    for h0 in range(0, GROUPS * GH, GH):
         dk = tl.zeros([GH, BW], tl.float32)
-        for n0 in range(0, N, BN):
+        for n0 in range(0, last(N, T, BN), BN):
             n = n0 + tl.arange(0, BN)
-            m = tile(kept, p_memory, n0, N, W, ONE, BN, BW)
+            m = tile(kept, p_memory, n0, N, W, T, BN, BW)
             norm2 = tl.sum(m * m, 1)
             im = inverse_norm(norm2)
             dm = grown(p_gmemory, n0, N, W, BN, BW)
@@ -343,7 +361,7 @@ def ntm_step_bwd_kernel(
         k = tl.load(p_x + at, mask=ok, other=0).to(tl.float32)
         k2 = tl.sum(k * k, 1)
         ik = inverse_norm(k2)
-        c = tl.where(k2 > EPS * EPS, tl.load(p_own + h, mask=h < H, other=0) * ik * ik, 0.0)
+        c = tl.where(k2 > EPS * EPS, tl.load(p_own + h) * ik * ik, 0.0)
         dk -= tl.where((c == 0)[:, None], 0.0, c[:, None] * k)
         tl.store(p_dx + at, dk.to(p_dx.dtype.element_ty), mask=ok)
 
@@ -351,15 +369,24 @@ def ntm_step_bwd_kernel(
 # Host -----------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(H: int, N: int, W: int, whole: int) -> tuple[dict, int]:
-    """Block sizes and warps. A memory of up to `whole` elements is one tile."""
-    BN, BW = power(N), power(W)
-    one = BN * BW <= whole
-    num_warps = warps(BN * BW)
-    if not one:
-        BN, BW, _, num_warps = tiles(N, W)
+def _blocks(H: int, N: int, W: int, whole: int, kept: int) -> tuple[dict, int]:
+    """Block sizes and warps. A memory of up to `whole` elements is one tile, one of up to `kept` that fills its tiles several.
+
+    Masked loads of so many tiles at once spill registers.
+    """
+    BN, BW, T, num_warps = tiles(N, W)
+    if power(N) * BW <= whole:
+        T, BN, num_warps = 1, power(N), warps(power(N) * BW)
+    elif N * W > kept or N * W != power(N) * BW or not 16 <= W <= sizes.tile:
+        T = 0
     BR, BL, _ = rows_block(H, N)
-    return {"ONE": one, "BN": BN, "BW": BW, "BH": power(H), "BR": BR, "BL": BL}, num_warps
+    return {"T": T, "BN": BN, "BW": BW, "BH": power(H), "BR": BR, "BL": BL}, num_warps
+
+
+def _groups(heads: int, BW: int) -> tuple[int, int]:
+    """Heads whose sums a block keeps at once, and how often that is: at least once, for what else the loop does."""
+    group = split_heads(heads, BW)
+    return group, max(1, triton.cdiv(heads, group))
 
 
 def ntm_step_fwd(
@@ -372,10 +399,12 @@ def ntm_step_fwd(
     H = R + Hw
     written, reads, weights = torch.empty_like(memory), memory.new_empty(B, R, W), torch.empty_like(previous)
     small, rows = workspace(memory, B, H * (3 + S) + 2 * Hw * W), workspace(memory, B, 3, H, N)
-    blocks, num_warps = _blocks(H, N, W, sizes.whole)
+    blocks, num_warps = _blocks(H, N, W, sizes.whole, sizes.kept)
     args = memory, interface, previous, written, reads, weights, small, rows, R, Hw, N, W, S
-    G = split_heads(R, blocks["BW"])
-    launch(ntm_step_fwd_kernel, B, *args, num_warps=num_warps, all_registers=True, WRITE_FIRST=write_first, G=G, **blocks)
+    G, groups = _groups(R, blocks["BW"])
+    launch(
+        ntm_step_fwd_kernel, B, *args, num_warps=num_warps, all_registers=True, WRITE_FIRST=write_first, G=G, GROUPS=groups, **blocks
+    )  # fmt: skip
     return written, reads, weights
 
 
@@ -391,8 +420,11 @@ def ntm_step_bwd(
     H = R + Hw
     dmemory, dinterface, dprevious = (torch.empty_like(t) for t in (memory, interface, previous))
     small, rows = workspace(memory, B, H * (7 + 2 * S) + 2 * Hw * W), workspace(memory, B, 5, H, N)
-    blocks, num_warps = _blocks(H, N, W, sizes.tile)  # with 16 warps for more the registers spill
+    blocks, num_warps = _blocks(H, N, W, sizes.tile, sizes.tile)  # with 16 warps for more the registers spill
     args = *grads, memory, interface, previous, dmemory, dinterface, dprevious, small, rows, R, Hw, N, W, S
-    GW, GH = split_heads(Hw, blocks["BW"]), split_heads(H, blocks["BW"])
-    launch(ntm_step_bwd_kernel, B, *args, num_warps=num_warps, all_registers=True, WRITE_FIRST=write_first, GW=GW, GH=GH, **blocks)
+    (GW, write_groups), (GH, groups) = _groups(Hw, blocks["BW"]), _groups(H, blocks["BW"])
+    launch(
+        ntm_step_bwd_kernel, B, *args, num_warps=num_warps, all_registers=True, WRITE_FIRST=write_first,
+        GW=GW, WRITE_GROUPS=write_groups, GH=GH, GROUPS=groups, **blocks,
+    )  # fmt: skip
     return dmemory, dinterface, dprevious

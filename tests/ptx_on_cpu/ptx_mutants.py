@@ -32,7 +32,7 @@ for p in (HERE.parents[1], HERE.parent, HERE):
 
 import torch
 
-from cases import CASES, Case, S, Sample
+from cases import CASES, Case, S, Sample, step
 from contract import run
 from ptx_machine import Site
 from ptx_program import Instruction, Program, is_warp_sync
@@ -43,16 +43,24 @@ __all__ = ["COMMITTED", "EXCEPT", "Mutant", "judge", "launches", "mutants", "qui
 COMMITTED = ROOT / "results" / "gpu" / "mutants.json"
 _SCALAR = "one thread stores what every thread holds: the compiler's predicate saves stores"
 _ONE_ROUND = "its program's tile holds all slots (BL = power(N) up to 1024), so that the loop never goes round again in any launch"
+_OWN_SCRATCH = (
+    "shared with kernels of fewer stages, which give it tensors and kill it; ntm_step gives it scratch of its own, where padding heads, slots "
+    "and columns read other numbers in range, and what they become is stored nowhere"
+)
 EXCEPT: dict[tuple[str, str, str], str] = {
     ("content_addressing", "mask", "triton.py:111"): _SCALAR,
     ("lrua_write", "mask", "triton.py:44"): _SCALAR,
     ("content_addressing", "barrier", "triton.py:206"): _ONE_ROUND,
     ("content_addressing", "warp", "triton.py:206"): _ONE_ROUND,
+    # address and address_bwd: strength, similarities, gate, gamma; erased: erase vectors; ntm_step's similarities.
+    **{("ntm_step", "mask", f"_triton.py<_triton.py:{n}"): _OWN_SCRATCH for n in (359, 360, 362, 369, 407, 408, 410, 412, 472, 549)},
+    ("ntm_step", "mask", "_triton.py<triton.py:351"): _OWN_SCRATCH,
 }
 """(operator, kind, place) -> why none of its mutants can be killed."""
 # Sizes beside the contract's that reach a mask: rows that do not fill their block, parts of an awkward length.
 EXTRA: dict[str, tuple[Sample, ...]] = {
     "content_addressing": (S("masked_shared_N63", B=3, N=63, W=7, shared=1, masked=1), S("N100_W100_H3", B=1, H=3, N=100, W=100)),
+    "ntm_step": (step("N5_W1100_r3_w3", 3, 3, B=1, N=5, W=1100), step("N7_W64_r2_w2", 2, 2, B=1, N=7, W=64)),
     "erase_add_write": (S("N150_W63", B=1, N=150, W=63), S("N7_W3_H16", H=16, N=7, W=3)),
 }
 

@@ -224,6 +224,27 @@ emulator: **not times**, and nothing of a GPU's caches. Made with {versions}.
 """
 
 
+TAIL = """## What Triton's ntm_step keeps
+
+Triton leaves shared memory to its compiler, so what is read once stays in registers: 8192 elements as one tile, and forward 32768 as
+several where the memory fills them (slots and width powers of two, width 16 to 4096). Others are read twice, those of up to 227 KiB that the CUDA
+kernel reads once too: there the dispatcher takes the CUDA kernel, as it does for all of `ntm_step`. Compilers said (Triton 3.9, two read and three
+write heads, bytes of stack on sm_80 / sm_90 / sm_120, any of which is a spill):
+
+| memory | kept as | warps | stack |
+| --- | --- | ---: | ---: |
+| 512 x 64 float32 | 8 tiles | 8 | 0 / 0 / 0 |
+| 256 x 128, 32 x 1024, 8 x 4096 float32 | 8 tiles | 8 | 0 / 0 / 0 |
+| 512 x 64, 256 x 128, 32 x 1024 bfloat16 | 8 tiles | 8 | 0 / 0 / 0 |
+| 500 x 60 float32 | 4 masked tiles | 16 | 64 / 96 / 96 |
+| 500 x 60 float32 | 8 masked tiles | 16 | 8 / 24 / 0 |
+| 129 x 65 float32 | 8 masked tiles | 8 | 64 / 56 / 0 |
+| 250 x 112 float32 | 8 masked tiles | 8 | 48 / 0 / 0 |
+| 500 x 60 bfloat16 | 8 masked tiles | 8 | 0 / 304 / 0 |
+| 1024 x 64 bfloat16 | 16 masked tiles | 8 | 416 / 880 / 536 |
+"""
+
+
 def page(table: dict) -> str:
     lines = HEAD.format(versions=", ".join(f"{k} {v}" for k, v in sorted(table["versions"].items()))).split("\n")
     for name, (sizes, dtype) in SHAPES.items():
@@ -246,7 +267,7 @@ def page(table: dict) -> str:
                 cells += [" / ".join(sectors(max(named, key=lambda t: t["bytes"] * (t[bytes_] > 0)), kind) for bytes_, kind in kinds)]
                 lines.append(f"| {op} {'forward' if way == 'fwd' else 'backward'} | {backend} | {w['launches']} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n" + TAIL
 
 
 def text(table: dict) -> str:

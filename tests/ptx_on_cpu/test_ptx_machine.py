@@ -5,9 +5,9 @@ import struct
 import numpy as np
 import pytest
 
-from ptx_code import fma, from_bf16, to_bf16, to_integer
 from ptx_machine import ORDERS, Kernel, PtxError, Sparse
 from ptx_program import Module
+from ptx_runtime import fma, from_bf16, to_bf16, to_integer
 
 each_order = pytest.mark.parametrize("order", ORDERS)
 

@@ -10,10 +10,6 @@ from ptx_suite import BACKENDS, missing, operators
 from ptx_traffic import COMMITTED, PAGE, SHAPES, bars, least, moved, page, plain, row, text, tuned, versions
 
 TABLE = json.loads(COMMITTED.read_text())
-MISSED = {
-    ("triton", "ntm_step", "medium"): "keeps 8192 elements in registers, reads larger memories twice; the CUDA kernel reads them once",
-}
-"""Bars that are known to be missed."""
 
 
 def plan():
@@ -25,8 +21,6 @@ def plan():
                     # The copy task's memory in every run, and the operators of which the bars speak beyond shared memory.
                     if name not in ("copy", "heads") and not (name == "large" and c.name in ("content_addressing", "ntm_step")):
                         marks.append(pytest.mark.slow)
-                    if (backend, c.name, name) in MISSED:
-                        marks.append(pytest.mark.xfail(strict=True, reason=MISSED[backend, c.name, name]))
                     yield pytest.param(backend, c, name, id=f"{backend}-{c.name}-{name.replace(' ', '_')}", marks=marks)
 
 
@@ -53,7 +47,7 @@ def test_the_page_is_drawn_from_the_table():
 def test_committed_rows_meet_the_bars():
     for key, made in TABLE["rows"].items():
         op, name, _ = key.split("/")
-        assert not bars(case_of(op), name, made) or (key.split("/")[2], op, name) in MISSED, key
+        assert not bars(case_of(op), name, made), key
         for way in made.values():
             assert moved(way) >= 0.98 * least(way), key  # lrua_write leaves out the row that it zeroes
 

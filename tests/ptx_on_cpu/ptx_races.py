@@ -1,0 +1,124 @@
+"""Unordered accesses to one word of memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ptx_program import PtxError
+
+__all__ = ["BLOCK_AT", "EPOCH_AT", "Races", "views"]
+
+_MANY_WARP, _MANY = np.int64(1 << 10), np.int64(1 << 11)
+_MANY_BLOCKS = np.int64(1 << 12)
+EPOCH_AT, BLOCK_AT = 30, 46
+
+
+def views(data: np.ndarray) -> dict[int, np.ndarray]:
+    """Unsigned views by size; 16 bytes as pairs."""
+    whole = data[: len(data) // 16 * 16]
+    return {1: whole, 2: whole.view(np.uint16), 4: whole.view(np.uint32), 8: whole.view(np.uint64), 16: whole.view([("a", np.uint64), ("b", np.uint64)])}
+
+
+def _alike(a, b, replicas: bool):
+    """Equal bits; or float32 as good as equal beside the largest of them, where `replicas` are allowed."""
+    same = a == b
+    if replicas and a.dtype.itemsize == 4 and not same.all():
+        x, y = a.view(np.float32), b.view(np.float32)
+        largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
+        same = same | np.isclose(x, y, rtol=1e-5, atol=2e-6 * largest, equal_nan=True)
+    return same
+
+
+class Races:
+    """Who last wrote and read each granule, and since when: two accesses of which one writes need a barrier between them.
+
+    An access is (block, block barriers passed, warp barriers passed since, thread) in one int64.
+    """
+
+    def __init__(self, nbytes: int, granule: int, what: str):
+        self.g = granule
+        self.what = what
+        self.writes = np.zeros(-(-nbytes // granule) + 1, np.int64)
+        self.reads = np.zeros(-(-nbytes // granule) + 1, np.int64)
+
+    def conflict(self, before, me):
+        x = before ^ me
+        other_block = (x >> BLOCK_AT) != 0
+        same_epoch = (x >> EPOCH_AT) == 0
+        other_warp = (x & 0x3E0) != 0
+        other_lane = (x & 0x1F) != 0
+        same_sync = (x & np.int64((1 << EPOCH_AT) - (1 << 13))) == 0
+        many, many_warp = (before & _MANY) != 0, (before & _MANY_WARP) != 0
+        unordered = same_epoch & (many | other_warp | (same_sync & (other_lane | many_warp)))
+        return (before != 0) & (other_block | unordered | ((before & _MANY_BLOCKS) != 0))
+
+    def check(self, group, byte, size, lanes, write, memory, values):
+        g = self.g
+        me = group.me if lanes is None else group.me[lanes]
+        at = byte // g
+        if size > g:
+            k = size // g
+            at = (at[:, None] + np.arange(k)).reshape(-1)
+            me = np.repeat(me, k)
+        before = self.writes[at]
+        bad = self.conflict(before, me)
+        if write:
+            if values is not None and bad.any():
+                bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad), group)
+            readers = self.conflict(self.reads[at], me)
+            if readers.any():
+                self.report(group, at, readers, lanes, size, "a write after another thread's read")
+            self.writes[at] = me
+            twice = self.writes[at] != me  # several lanes of this very instruction
+            if twice.any() and values is not None:
+                self.same_values(group, byte, size, lanes, values, at)
+        else:
+            seen = self.reads[at]
+            x = seen ^ me
+            many = np.zeros(len(at), np.int64)
+            live = (seen != 0) & ((x >> EPOCH_AT) == 0)
+            many[live & (x & 0x1F != 0)] |= _MANY_WARP
+            many[live & (x & 0x3E0 != 0)] |= _MANY
+            many |= np.where(live, seen & (_MANY | _MANY_WARP), 0)
+            many[(seen != 0) & ((x >> BLOCK_AT) != 0)] |= _MANY_BLOCKS
+            many |= seen & _MANY_BLOCKS
+            self.reads[at] = me | many
+            now = self.reads[at]
+            y = now ^ me
+            if ((y & 0x3FF) != 0).any() or ((y >> BLOCK_AT) != 0).any():  # other lanes of this instruction read it too
+                w, x_, z = (y & 0x1F) != 0, (y & 0x3E0) != 0, (y >> BLOCK_AT) != 0
+                for flag, where in ((_MANY_WARP, w), (_MANY, x_), (_MANY_BLOCKS, z)):
+                    if where.any():
+                        self.reads[at[where]] |= flag
+        if bad.any():
+            self.report(group, at, bad, lanes, size, "a write after another thread's write" if write else "a read after another thread's write")
+
+    def unchanged(self, byte, size, lanes, memory, values, total, group):
+        """Writing again what is there harms nobody."""
+        n = size // len(values)
+        same = np.ones(len(byte), bool)
+        for k, v in enumerate(values):
+            same &= _alike(memory[n][byte // n + k], (v if lanes is None else v[lanes]).view(f"u{n}"), group.m.replicas)
+        return np.repeat(same, total // len(byte))
+
+    def same_values(self, group, byte, size, lanes, values, at):
+        order = np.argsort(byte, kind="stable")
+        twins = np.nonzero(byte[order][1:] == byte[order][:-1])[0]
+        n = size // len(values)
+        for v in values:
+            w = (v if lanes is None else v[lanes]).view(f"u{n}")[order]
+            differ = ~_alike(w[twins], w[twins + 1], group.m.replicas)
+            if differ.any():
+                bad = np.zeros(len(at), bool)
+                bad[int(order[twins[differ][0]]) * max(1, size // self.g)] = True
+                self.report(group, at, bad, lanes, size, "two lanes of one store write different values")
+
+    def report(self, group, at, bad, lanes, size, what):
+        i = int(np.nonzero(bad)[0][0])
+        row = i // max(1, size // self.g)
+        lane = row if lanes is None else int(lanes[row])
+        message = f"race in {self.what} memory: {what}, no barrier between them; thread {int(group.lin[lane])}, byte {int(at[i]) * self.g}"
+        if group.m.races == "collect":
+            group.m.report.races.append(message)
+        else:
+            raise PtxError(message)
