@@ -130,7 +130,7 @@ GPU_TABLE = (
     Preference(
         ("ntm_step",), ("block", "many", "few"), "native",
         "one launch each way, one block an element in both; native holds memories of up to 227 KiB in shared memory and reads them once, "
-        "Triton 8192 elements in registers",
+        "Triton 8192 elements in registers, 32,768 forward where both sizes are powers of two",
     ),
     Preference(
         ("ntm_sequence",), ("block", "many", "few"), "native",

@@ -295,4 +295,5 @@ def test_a_reader_that_has_gone_is_no_traceback(argv, unbuffered):
         done = subprocess.run(
             [sys.executable, "-m", *argv], stdout=stream, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parent.parent
         )
-    assert done.stderr == "" and done.returncode == (0 if unbuffered and "--help" in argv else 141)  # argparse minds no pipe
+    told = [line for line in done.stderr.splitlines() if not line.startswith("memcore runs on plain PyTorch")]  # where nothing is built
+    assert told == [] and done.returncode == (0 if unbuffered and "--help" in argv else 141)  # argparse minds no pipe
