@@ -296,4 +296,4 @@ def test_a_reader_that_has_gone_is_no_traceback(argv, unbuffered):
             [sys.executable, "-m", *argv], stdout=stream, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parent.parent
         )
     told = [line for line in done.stderr.splitlines() if not line.startswith("memcore runs on plain PyTorch")]  # where nothing is built
-    assert told == [] and done.returncode == (0 if unbuffered and "--help" in argv else 141)  # argparse minds no pipe
+    assert told == [] and done.returncode in ((0, 141) if unbuffered and "--help" in argv else (141,))  # some argparse minds no pipe
