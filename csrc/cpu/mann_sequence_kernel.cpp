@@ -133,7 +133,7 @@ template <class C> struct Sequence {
     arena.take(dh, a.layers * lot * Kp), arena.take(dcell, a.layers * lot * Kp), arena.take(dfeedback, lot * Fp);
     arena.take(dfeatures, lot * up16(K + F)), arena.take(dbelow, lot * up16(K + (F > K ? F : K)));
     arena.take(hoisted, a.dinput ? a.ahead() * lot * up16(a.X) : 0);
-    arena.take(rebuilt, (a.every < a.T ? a.every : a.T) * lot * M);
+    arena.take(rebuilt, ((a.every < a.T ? a.every : a.T) - 1) * lot * M);
   }
 
   bool alive(int64_t t, int64_t b) const { return !a.lengths || t < a.lengths[b]; }
@@ -372,13 +372,11 @@ template <class C> struct Sequence {
   }
 
   // The memories that the steps t0 .. t1 - 1 of the elements read, from the copy at t0.
-  C* rebuilt_at(int64_t t, int64_t i) const { return rebuilt + (t % a.every * lot + i) * M; }
+  C* rebuilt_at(int64_t t, int64_t b, int64_t i) const { return t % a.every == 0 ? copy_of(t, b) : rebuilt + ((t % a.every - 1) * lot + i) * M; }
   void rebuild(int64_t t0, int64_t t1, int64_t b0, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
-      if (!alive(t0, b)) continue;
-      copy(rebuilt_at(t0, i), copy_of(t0, b), M);
-      for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) write(a.write_first ? t : t - 1, b, rebuilt_at(t, i), rebuilt_at(t - 1, i));
+      for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) write(a.write_first ? t : t - 1, b, rebuilt_at(t, b, i), rebuilt_at(t - 1, b, i));
     }
   }
 
@@ -418,7 +416,7 @@ template <class C> struct Sequence {
         for (int64_t k = 0; k < K; k++) dtop[k] += df[k];
         for (int64_t k = 0; k < F; k++) dr[k] += df[K + k];
         widen_rows(dreads, dr, R, a.W, Wp);
-        step_backward(t, b, carried + i * R * Np, rebuilt_at(t, i), dmemory + b * M, dx + i * Ip);
+        step_backward(t, b, carried + i * R * Np, rebuilt_at(t, b, i), dmemory + b * M, dx + i * Ip);
       }
       multiply<true>(dh + top * lot * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
       for (int64_t l = top; l >= 0; l--) {

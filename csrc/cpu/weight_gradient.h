@@ -17,11 +17,37 @@ template <class C> struct Source {
 // Rows in blocks whose deltas stay in the first cache; the order of the sums depends on nothing else.
 constexpr int64_t kGradientRows = 128;
 
+// Columns [n, n + NV vectors) and rows [k, k + R) of c [K, N] += a [rows, K]^T d [rows, N]; fetches the rows of a that come next.
+template <int R, int NV, class C> MC_INLINE void gradient_tile(C* sums, const C* a, int64_t lda, const C* d, int64_t rows) {
+  constexpr int L = Lanes<C>::n;
+  Vec<C> acc[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) acc[r][j] = load(sums + (r * NV + j) * L);
+  for (int64_t i = 0; i < rows; i++, a += lda, d += NV * L) {
+    Vec<C> row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) row[j] = load(d + j * L);
+    __builtin_prefetch(a + 64 / sizeof(C), 0, 3);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Vec<C> x = splat(a[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[r][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) store(sums + (r * NV + j) * L, acc[r][j]);
+}
+
 template <int R, class C> MC_INLINE void outer_rows(C* sums, const C* a, int64_t lda, const C* d, int64_t w, int64_t rows) {
   constexpr int L = Lanes<C>::n;
-  if (w == 3 * L) outer_tile<R, 3>(sums, a, lda, d, w, rows);
-  else if (w == 2 * L) outer_tile<R, 2>(sums, a, lda, d, w, rows);
-  else outer_tile<R, 1>(sums, a, lda, d, w, rows);
+  if (w == 3 * L) gradient_tile<R, 3>(sums, a, lda, d, rows);
+  else if (w == 2 * L) gradient_tile<R, 2>(sums, a, lda, d, rows);
+  else gradient_tile<R, 1>(sums, a, lda, d, rows);
 }
 
 // Columns n .. of the panel that begins there, of every source's gradient, and of `bias`, the sums of the deltas [rows, N], whose rows are
