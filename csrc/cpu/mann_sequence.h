@@ -39,6 +39,8 @@ struct MannArgs {
     const int64_t half = (B + 1) / 2;
     return half < most ? (half > 0 ? half : 1) : most;
   }
+  // Elements that a thread runs side by side, whole groups.
+  MC_ALWAYS int64_t lot() const { return group() < 8 && N * W * (dtype == DType::f64 ? 8 : 4) > 64 << 10 ? group() : (group() < 16 ? 16 / group() : 1) * group(); }
   MC_ALWAYS int64_t groups() const { return (B + group() - 1) / group(); }
   // Steps whose inputs go through one matrix product.
   MC_ALWAYS int64_t ahead() const { return T < 16 ? T : 16; }

@@ -1,6 +1,7 @@
 // The recurrence of a MANN for groups of batch elements. Within a group time is outermost: the controller's layers are matrix products of
-// the group's rows, the memory work goes element by element, and a group is small enough that its memories stay in the caches. What the
-// input alone decides goes through one product for several steps.
+// the group's rows, the memory work goes element by element, and a group is small enough that its memories stay in the caches. A thread runs
+// a few groups side by side, which changes no sum and reads the weights less often. What the input alone decides goes through one product
+// for several steps.
 //
 // The forward leaves, for each step, what the backward would otherwise have to compute again (the controller's activations, keys, gates,
 // similarities, squared norms, weights, which slot was the least used) and a copy of the memory every few steps, from which the backward
@@ -9,6 +10,7 @@
 
 #include "gemm.h"
 #include "lstm.h"
+#include "weight_gradient.h"
 
 namespace memcore {
 namespace MC_ISA {
@@ -106,14 +108,14 @@ template <class C> struct Sequence {
   const MannSaved saved;
   const MannDeltas deltas;
   Weights<C> weights;
-  const int64_t R, I, K, F, G, M, Kp, Gp, Ip, Fp, Op, Np, Wp, group, top, step_rows;
+  const int64_t R, I, K, F, G, M, Kp, Gp, Ip, Fp, Op, Np, Wp, group, lot, top, step_rows;
   Similarity<C> s;
   C *ww, *reads, *usage, *raw, *output, *hoisted;
   C *dsim, *dww, *found, *own, *key_own, *dkey, *dword, *dreads, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt;
 
   Sequence(const MannArgs& args, bool backward)
       : a(args), saved(args), deltas(args), R(args.R), I(args.I()), K(args.K), F(args.F()), G(args.G()), M(args.N * args.W), Kp(up16(K)), Gp(up16(G)),
-        Ip(up16(I)), Fp(up16(F)), Op(up16(args.O)), Np(up16(args.N)), Wp(up16(args.W)), group(args.group()), top(args.layers - 1),
+        Ip(up16(I)), Fp(up16(F)), Op(up16(args.O)), Np(up16(args.N)), Wp(up16(args.W)), group(args.group()), lot(args.lot()), top(args.layers - 1),
         step_rows(block_rows<C>(args.W)) {
     s.sizes(R, a.N, a.W, true);
     s.Np = Np, s.Wp = Wp;
@@ -123,15 +125,15 @@ template <class C> struct Sequence {
   void layout(Arena& arena, bool backward) {
     arena.take(s.ik, R), arena.take(s.im, Np), arena.take(ww, R * Np);
     if (!backward) {
-      arena.take(reads, R * Wp), arena.take(usage, group * Np), arena.take(raw, group * Ip), arena.take(output, group * Op);
+      arena.take(reads, R * Wp), arena.take(usage, lot * Np), arena.take(raw, lot * Ip), arena.take(output, lot * Op);
       return;
     }
     arena.take(dsim, R * Np), arena.take(dww, R * Np), arena.take(found, R * Np), arena.take(own, Np), arena.take(key_own, R);
-    arena.take(dkey, R * Wp), arena.take(dword, R * Wp), arena.take(dreads, R * Wp), arena.take(carried, group * R * Np);
-    arena.take(dh, a.layers * group * Kp), arena.take(dcell, a.layers * group * Kp), arena.take(dfeedback, group * Fp);
-    arena.take(dfeatures, group * up16(K + F)), arena.take(dbelow, group * up16(K + (F > K ? F : K)));
-    arena.take(hoisted, a.dinput ? a.ahead() * group * up16(a.X) : 0);
-    arena.take(rebuilt, (a.every < a.T ? a.every : a.T) * group * M);
+    arena.take(dkey, R * Wp), arena.take(dword, R * Wp), arena.take(dreads, R * Wp), arena.take(carried, lot * R * Np);
+    arena.take(dh, a.layers * lot * Kp), arena.take(dcell, a.layers * lot * Kp), arena.take(dfeedback, lot * Fp);
+    arena.take(dfeatures, lot * up16(K + F)), arena.take(dbelow, lot * up16(K + (F > K ? F : K)));
+    arena.take(hoisted, a.dinput ? a.ahead() * lot * up16(a.X) : 0);
+    arena.take(rebuilt, ((a.every < a.T ? a.every : a.T) - 1) * lot * M);
   }
 
   bool alive(int64_t t, int64_t b) const { return !a.lengths || t < a.lengths[b]; }
@@ -157,12 +159,18 @@ template <class C> struct Sequence {
   void point(int64_t t, int64_t b) {
     s.key = keys(t, b), s.sim = row(saved.similar, R * Np, saved.steps, t, b), s.norm2 = row(saved.norms, Np, saved.steps, t, b);
   }
-  // c (+)= a b for the same rows of several steps, panel by panel so that a panel stays in the caches.
+  // c (+)= a b for the same rows of several steps, panel by panel so that a panel stays in the caches; a group at a time, whose rows share
+  // the order of their sums.
   template <bool ADD, class FC, class FA> void products(int64_t t0, int64_t t1, FC c, int64_t ldc, const C* start, FA from, int64_t lda, int64_t count, const Packed<C>& b) const {
     for (int64_t n = 0; n < b.Np; n += b.P) {
       const Packed<C> one{b.K, b.width(n), b.width(n), b.panel(n)};
-      for (int64_t t = t0; t < t1; t++) product<ADD>(c(t) + n, ldc, start ? start + n : nullptr, from(t), lda, count, one);
+      for (int64_t t = t0; t < t1; t++)
+        for (int64_t i = 0; i < count; i += group)
+          product<ADD>(c(t) + i * ldc + n, ldc, start ? start + n : nullptr, from(t) + i * lda, lda, count - i < group ? count - i : group, one);
     }
+  }
+  template <bool ADD> void multiply(C* c, int64_t ldc, const C* start, const C* from, int64_t lda, int64_t count, const Packed<C>& b) const {
+    products<ADD>(0, 1, [&](int64_t) { return c; }, ldc, start, [&](int64_t) { return from; }, lda, count, b);
   }
 
   // ---- the write ----
@@ -257,20 +265,20 @@ template <class C> struct Sequence {
             t, a.T - t < a.ahead() ? a.T : t + a.ahead(), [&](int64_t i) { return sums(0, i, b0); }, Gp, weights.bias[0],
             [&](int64_t i) { return (const C*)a.input + (i * a.B + b0) * a.X; }, a.X, count, weights.input);
       for (int64_t l = 0; l < a.layers; l++) {
-        if (l == 0) product<true>(sums(0, t, b0), Gp, (const C*)nullptr, outputs(0, t, b0), Kp, count, weights.own[0]);
-        else product<false>(sums(l, t, b0), Gp, weights.bias[l], outputs(l, t, b0), Kp, count, weights.own[l]);
+        if (l == 0) multiply<true>(sums(0, t, b0), Gp, (const C*)nullptr, outputs(0, t, b0), Kp, count, weights.own[0]);
+        else multiply<false>(sums(l, t, b0), Gp, weights.bias[l], outputs(l, t, b0), Kp, count, weights.own[l]);
         const C* below = l == 0 ? feedback(t, b0) : outputs(l - 1, t + 1, b0);
-        product<true>(sums(l, t, b0), Gp, (const C*)nullptr, below, l == 0 ? Fp : Kp, count, weights.below[l]);
+        multiply<true>(sums(l, t, b0), Gp, (const C*)nullptr, below, l == 0 ? Fp : Kp, count, weights.below[l]);
         for (int64_t b = b0; b < b0 + count; b++)
           if (alive(t, b)) lstm_forward(sums(l, t, b), cells(l, t, b), cells(l, t + 1, b), outputs(l, t + 1, b), K);
           else if (a.keep) fill(outputs(l, t + 1, b), K, (C)0);
       }
-      product<false>(raw, Ip, weights.interface_bias, outputs(top, t + 1, b0), Kp, count, weights.interface);
+      multiply<false>(raw, Ip, weights.interface_bias, outputs(top, t + 1, b0), Kp, count, weights.interface);
       for (int64_t i = 0; i < count; i++)
         if (alive(t, b0 + i)) step(t, b0 + i, memory + (b0 + i) * M, usage + i * Np, raw + i * Ip);
         else if (a.keep) fill(feedback(t + 1, b0 + i), F, (C)0);
-      product<false>(output, Op, weights.output_bias, outputs(top, t + 1, b0), Kp, count, weights.output_own);
-      product<true>(output, Op, (const C*)nullptr, feedback(t + 1, b0), Fp, count, weights.output_reads);
+      multiply<false>(output, Op, weights.output_bias, outputs(top, t + 1, b0), Kp, count, weights.output_own);
+      multiply<true>(output, Op, (const C*)nullptr, feedback(t + 1, b0), Fp, count, weights.output_reads);
       for (int64_t i = 0; i < count; i++) {
         C* to = (C*)a.output + (t * a.B + b0 + i) * a.O;
         if (alive(t, b0 + i)) copy(to, output + i * Op, a.O);
@@ -286,6 +294,13 @@ template <class C> struct Sequence {
       for (int64_t l = 0; l < a.layers; l++)
         copy(after + (2 * l * a.B + b) * K, outputs(l, steps, b), K), copy(after + ((2 * l + 1) * a.B + b) * K, cells(l, steps, b), K);
     }
+  }
+
+  void forward_lots(int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b += lot) forward(b, end - b < lot ? end - b : lot);
+  }
+  void backward_lots(int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b += lot) backward(b, end - b < lot ? end - b : lot);
   }
 
   // ---- backward ----
@@ -356,14 +371,12 @@ template <class C> struct Sequence {
       }
   }
 
-  // The memories that the steps t0 .. t1 - 1 of the group read, from the copy at t0.
-  C* rebuilt_at(int64_t t, int64_t i) const { return rebuilt + (t % a.every * group + i) * M; }
+  // The memories that the steps t0 .. t1 - 1 of the elements read, from the copy at t0.
+  C* rebuilt_at(int64_t t, int64_t b, int64_t i) const { return t % a.every == 0 ? copy_of(t, b) : rebuilt + ((t % a.every - 1) * lot + i) * M; }
   void rebuild(int64_t t0, int64_t t1, int64_t b0, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
-      if (!alive(t0, b)) continue;
-      copy(rebuilt_at(t0, i), copy_of(t0, b), M);
-      for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) write(a.write_first ? t : t - 1, b, rebuilt_at(t, i), rebuilt_at(t - 1, i));
+      for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) write(a.write_first ? t : t - 1, b, rebuilt_at(t, b, i), rebuilt_at(t - 1, b, i));
     }
   }
 
@@ -382,8 +395,8 @@ template <class C> struct Sequence {
       else fill(carried + i * R * Np, R * Np, (C)0);
       start(dfeedback + i * Fp, a.grad_reads, b * F, F);
       for (int64_t l = 0; l < a.layers; l++) {
-        start(dh + (l * group + i) * Kp, gstate, (2 * l * a.B + b) * K, K);
-        start(dcell + (l * group + i) * Kp, gstate, ((2 * l + 1) * a.B + b) * K, K);
+        start(dh + (l * lot + i) * Kp, gstate, (2 * l * a.B + b) * K, K);
+        start(dcell + (l * lot + i) * Kp, gstate, ((2 * l + 1) * a.B + b) * K, K);
       }
     }
     for (int64_t t = a.T - 1; t >= 0; t--) {
@@ -393,24 +406,24 @@ template <class C> struct Sequence {
         start(dy + i * Op, alive(t, b0 + i) ? a.grad_output : nullptr, (t * a.B + b0 + i) * a.O, a.O);
         fill(dy + i * Op + a.O, Op - a.O, (C)0);
       }
-      product<false>(dfeatures, Qp, (const C*)nullptr, dy, Op, count, weights.output_own);
+      multiply<false>(dfeatures, Qp, (const C*)nullptr, dy, Op, count, weights.output_own);
       for (int64_t i = 0; i < count; i++) {
         const int64_t b = b0 + i;
         fill(dx + i * Ip, Ip, (C)0);
         if (!alive(t, b)) continue;
         const C* df = dfeatures + i * Qp;
-        C *dtop = dh + (top * group + i) * Kp, *dr = dfeedback + i * Fp;
+        C *dtop = dh + (top * lot + i) * Kp, *dr = dfeedback + i * Fp;
         for (int64_t k = 0; k < K; k++) dtop[k] += df[k];
         for (int64_t k = 0; k < F; k++) dr[k] += df[K + k];
         widen_rows(dreads, dr, R, a.W, Wp);
-        step_backward(t, b, carried + i * R * Np, rebuilt_at(t, i), dmemory + b * M, dx + i * Ip);
+        step_backward(t, b, carried + i * R * Np, rebuilt_at(t, b, i), dmemory + b * M, dx + i * Ip);
       }
-      product<true>(dh + top * group * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
+      multiply<true>(dh + top * lot * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
       for (int64_t l = top; l >= 0; l--) {
         C* dz = delta(deltas.sums[l], Gp, t, b0);
         const int64_t Dp = up16(K + (l == 0 ? F : K));
         for (int64_t i = 0; i < count; i++) {
-          const int64_t b = b0 + i, at = (l * group + i) * Kp;
+          const int64_t b = b0 + i, at = (l * lot + i) * Kp;
           if (alive(t, b)) {
             lstm_backward(dz + i * Gp, sums(l, t, b), cells(l, t, b), cells(l, t + 1, b), dh + at, dcell + at, K);
             fill(dz + i * Gp + G, Gp - G, (C)0);
@@ -418,14 +431,14 @@ template <class C> struct Sequence {
             fill(dz + i * Gp, Gp, (C)0);
           }
         }
-        product<false>(dbelow, Dp, (const C*)nullptr, dz, Gp, count, weights.own[l]);
+        multiply<false>(dbelow, Dp, (const C*)nullptr, dz, Gp, count, weights.own[l]);
         for (int64_t i = 0; i < count; i++) {
           if (!alive(t, b0 + i)) continue;
           const C* from = dbelow + i * Dp;
-          copy(dh + (l * group + i) * Kp, from, K);
+          copy(dh + (l * lot + i) * Kp, from, K);
           if (l == 0) copy(dfeedback + i * Fp, from + K, F);
           else
-            for (int64_t k = 0; k < K; k++) dh[((l - 1) * group + i) * Kp + k] += from[K + k];
+            for (int64_t k = 0; k < K; k++) dh[((l - 1) * lot + i) * Kp + k] += from[K + k];
         }
       }
       if (a.dinput && t % a.ahead() == 0) input_backward(t, a.T - t < a.ahead() ? a.T : t + a.ahead(), b0, count);
@@ -435,31 +448,34 @@ template <class C> struct Sequence {
       narrow_rows((C*)a.dweights + b * R * a.N, carried + i * R * Np, R, a.N, Np);
       copy((C*)a.dreads + b * F, dfeedback + i * Fp, F);
       for (int64_t l = 0; l < a.layers; l++) {
-        copy((C*)a.dstate + (2 * l * a.B + b) * K, dh + (l * group + i) * Kp, K);
-        copy((C*)a.dstate + ((2 * l + 1) * a.B + b) * K, dcell + (l * group + i) * Kp, K);
+        copy((C*)a.dstate + (2 * l * a.B + b) * K, dh + (l * lot + i) * Kp, K);
+        copy((C*)a.dstate + ((2 * l + 1) * a.B + b) * K, dcell + (l * lot + i) * Kp, K);
       }
     }
   }
   void input_backward(int64_t t0, int64_t t1, int64_t b0, int64_t count) {
     const int64_t Xp = up16(a.X);
     products<false>(
-        t0, t1, [&](int64_t t) { return hoisted + (t - t0) * group * Xp; }, Xp, (const C*)nullptr,
+        t0, t1, [&](int64_t t) { return hoisted + (t - t0) * lot * Xp; }, Xp, (const C*)nullptr,
         [&](int64_t t) { return delta(deltas.sums[0], Gp, t, b0); }, Gp, count, weights.input);
     for (int64_t t = t0; t < t1; t++)
       for (int64_t i = 0; i < count; i++) {
         C* to = (C*)a.dinput + (t * a.B + b0 + i) * a.X;
-        if (alive(t, b0 + i)) copy(to, hoisted + ((t - t0) * group + i) * Xp, a.X);
+        if (alive(t, b0 + i)) copy(to, hoisted + ((t - t0) * lot + i) * Xp, a.X);
         else fill(to, a.X, (C)0);
       }
   }
 };
 
-// A product whose parameters' gradients are wanted: weight [K, N] = in^T deltas, bias = the deltas' sums (null: not wanted).
+// Gradients of the weights that multiply one vector: of the blocks of their rows and, if they are stored the other way round, of their columns.
 template <class C> struct Gradient {
-  C *weight, *bias;
-  const C *in, *deltas;
-  int64_t K, N, ldi, ldd, ldw;
-  bool transposed;  // the weight's rows are its columns N
+  static constexpr int kSources = 3;
+  Source<C> source[kSources];
+  C* bias;
+  const C* deltas;
+  int64_t N, ldd;
+  bool transposed;
+
   int64_t panels() const { return (padded<C>(N) + Packed<C>::P - 1) / Packed<C>::P; }
 };
 template <class C, class F> void gradients(const MannArgs& a, F f) {
@@ -467,22 +483,17 @@ template <class C, class F> void gradients(const MannArgs& a, F f) {
   const MannDeltas deltas(a);
   const Parameters<C> p(a, (C*)a.dparameters);
   const C *from = (const C*)a.saved, *d = (const C*)a.deltas;
-  const int64_t K = a.K, F_ = a.F(), G = a.G(), Kp = up16(K), Fp = up16(F_), Gp = up16(G), next = a.B;
-  const int64_t top = a.layers - 1;
-  C* none = nullptr;
+  const int64_t K = a.K, F_ = a.F(), G = a.G(), Kp = up16(K), Fp = up16(F_), next = a.B, top = a.layers - 1;
   for (int64_t l = 0; l < a.layers; l++) {
-    const C* dz = d + deltas.sums[l];
-    C* w = p.weight[l];
-    if (l == 0) f(Gradient<C>{w, p.bias[0], (const C*)a.input, dz, a.X, G, a.X, Gp, G, false}), w += a.X * G;
-    f(Gradient<C>{w, l == 0 ? none : p.bias[l], from + saved.outputs[l], dz, K, G, Kp, Gp, G, false});
-    w += K * G;
-    if (l == 0) f(Gradient<C>{w, none, from + saved.reads, dz, F_, G, Fp, Gp, G, false});
-    else f(Gradient<C>{w, none, from + saved.outputs[l - 1] + next * Kp, dz, K, G, Kp, Gp, G, false});
+    C *w = p.weight[l], *own = w + (l == 0 ? a.X * G : 0), *below = own + K * G;
+    const Source<C> first{(const C*)a.input, a.X, l == 0 ? a.X : 0, w, G}, self{from + saved.outputs[l], Kp, K, own, G};
+    const Source<C> under = l == 0 ? Source<C>{from + saved.reads, Fp, F_, below, G} : Source<C>{from + saved.outputs[l - 1] + next * Kp, Kp, K, below, G};
+    f(Gradient<C>{{first, self, under}, p.bias[l], d + deltas.sums[l], G, up16(G), false});
   }
-  const C *h = from + saved.outputs[top] + next * Kp, *r = from + saved.reads + next * Fp, *dy = d + deltas.output;
-  f(Gradient<C>{p.interface, p.interface_bias, h, d + deltas.interface, K, a.I(), Kp, up16(a.I()), K, true});
-  f(Gradient<C>{p.output, p.output_bias, h, dy, K, a.O, Kp, up16(a.O), K + F_, true});
-  f(Gradient<C>{p.output + K, none, r, dy, F_, a.O, Fp, up16(a.O), K + F_, true});
+  const Source<C> none{nullptr, 0, 0, nullptr, 0};
+  const C *h = from + saved.outputs[top] + next * Kp, *r = from + saved.reads + next * Fp;
+  f(Gradient<C>{{{h, Kp, K, p.interface, K}, none, none}, p.interface_bias, d + deltas.interface, a.I(), up16(a.I()), true});
+  f(Gradient<C>{{{h, Kp, K, p.output, K + F_}, {r, Fp, F_, p.output + K, K + F_}, none}, p.output_bias, d + deltas.output, a.O, up16(a.O), true});
 }
 
 template <class F> MC_INLINE void with_wide(DType dtype, F f) {
@@ -492,22 +503,7 @@ template <class F> MC_INLINE void with_wide(DType dtype, F f) {
 
 template <class C> void panel_of(const MannArgs& a, int64_t panel) {
   gradients<C>(a, [&](const Gradient<C>& g) {
-    const int64_t n = panel * Packed<C>::P;
-    if (panel >= 0 && panel < g.panels()) {
-      const int64_t rows = a.T * a.B, w = g.N - n < Packed<C>::P ? g.N - n : Packed<C>::P;
-      C *sums, *found, *bias;
-      Arena arena([&](Arena& x) {
-        x.take(sums, (g.K + 1) * Packed<C>::P), x.take(found, g.transposed ? g.K * w : 0), x.take(bias, Packed<C>::P);
-      });
-      if (g.bias) bias = g.bias + n;
-      if (!g.transposed) {
-        outer_panel(g.weight + n, bias, g.K, g.ldw, w, g.in, g.ldi, g.deltas + n, g.ldd, rows, sums);
-      } else {
-        outer_panel(found, bias, g.K, w, w, g.in, g.ldi, g.deltas + n, g.ldd, rows, sums);
-        for (int64_t i = 0; i < w; i++)
-          for (int64_t k = 0; k < g.K; k++) g.weight[(n + i) * g.ldw + k] = found[k * w + i];
-      }
-    }
+    if (panel >= 0 && panel < g.panels()) weight_gradient(g.source, g.kSources, g.bias, g.deltas, g.ldd, g.N, panel * Packed<C>::P, a.T * a.B, g.transposed);
     panel -= g.panels();
   });
 }
@@ -535,14 +531,14 @@ void mann_sequence_fwd(const MannArgs& a, int64_t begin, int64_t end) {
   with_wide(a.dtype, [&](auto c) {
     Sequence<decltype(c)> s(a, false);
     Arena arena([&](Arena& x) { s.layout(x, false); });
-    for (int64_t g = begin; g < end; g++) s.forward(g * s.group, a.B - g * s.group < s.group ? a.B - g * s.group : s.group);
+    s.forward_lots(begin * s.group, end * s.group < a.B ? end * s.group : a.B);
   });
 }
 void mann_sequence_bwd(const MannArgs& a, int64_t begin, int64_t end) {
   with_wide(a.dtype, [&](auto c) {
     Sequence<decltype(c)> s(a, true);
     Arena arena([&](Arena& x) { s.layout(x, true); });
-    for (int64_t g = begin; g < end; g++) s.backward(g * s.group, a.B - g * s.group < s.group ? a.B - g * s.group : s.group);
+    s.backward_lots(begin * s.group, end * s.group < a.B ? end * s.group : a.B);
   });
 }
 int64_t mann_sequence_panels(const MannArgs& a) {
