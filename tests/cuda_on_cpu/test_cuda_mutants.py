@@ -14,6 +14,7 @@ import mutants
 import pytest
 import shim_build
 import shim_calls
+import test_cuda_sequence
 import torch
 
 from cases import CASES
@@ -67,6 +68,7 @@ class Lab:
             for limit in (LIMITS if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
             for call in shim_calls.calls_of(case, sample, torch.float32, limit)
         ]
+        self.calls += test_cuda_sequence.recorded(test_cuda_sequence.MUTATED)
         self.path = path
         shim_calls.write(path, self.calls)
         self.drivers = {s: shim_build.driver(s) for s in shim_build.SANITIZERS}
