@@ -45,6 +45,7 @@ HARMLESS = {
     ("write.h", "guard", "a.R > 0", ""): "sums of no read heads: only barriers",
     ("write.h", "guard", "h0 < a.Hw", ""): "sums of no write heads: only barriers",
     ("interface.h", "loop", "j < l.S", "top = "): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
+    ("ntm_sequence.cu", "loop", "n0 < N", ""): _TURN,
     ("read.cu", "guard", "a.H > 8", ""): "room for rows that are not staged after all",
     ("addressing.h", "guard", "h0 > 0", ""): "the memory's gradient once more, the same, by the same thread",
 }  # fmt: skip
