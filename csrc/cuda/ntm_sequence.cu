@@ -243,6 +243,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
     for (int64_t i = threadIdx.x; i < n; i += kThreads) to[i] = from ? from[i] : 0;
   }
 
+  // The first step's barriers make it visible; a thread that takes none finishes what it began.
   __device__ void start() {
     begin();
     if (WORKSPACE) memories = a.workspace + b * workspace(a);
@@ -259,7 +260,6 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
       fill(delta(t), nullptr, a.delta());
       fill(a.dinput + at(t) * a.X, nullptr, a.X);
     }
-    __syncthreads();
   }
 
   // The memories before the steps from the last copy to t.

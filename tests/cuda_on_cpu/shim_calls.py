@@ -19,8 +19,14 @@ __all__ = ["MORE", "SEQUENCES", "Call", "calls_of", "sequence_calls", "write"]
 _TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-# What the cases of ntm_sequence leave out: more sums than a block has threads.
-SEQUENCES = {**test_ntm_sequence.CASES, "wide_controller": {"K": 70, "B": 1, "T": 2}, "many_inputs": {"X": 270, "B": 1, "T": 2, "gated": False, "layers": 2}}
+# What the cases of ntm_sequence leave out: more sums than a block has threads. And small ones that reach every line of the kernel, for mutants.
+SEQUENCES = {
+    **test_ntm_sequence.CASES,
+    "wide_controller": {"K": 70, "B": 1, "T": 2},
+    "many_inputs": {"X": 270, "B": 1, "T": 2, "gated": False, "layers": 2},
+    "small_lengths": {"T": 3, "B": 2, "lengths": [3, 1], "checkpoint_every": 2},
+    "small_heads": {"T": 2, "B": 1, "R": 5, "Hw": 2, "layers": 2, "clip": 0.5},
+}
 
 
 def _some_zeros(t: Tensor) -> None:

@@ -14,6 +14,7 @@ import mutants
 import pytest
 import shim_build
 import shim_calls
+import test_cuda_sequence
 import torch
 
 from cases import CASES
@@ -44,6 +45,7 @@ HARMLESS = {
     ("write.h", "guard", "a.R > 0", ""): "sums of no read heads: only barriers",
     ("write.h", "guard", "h0 < a.Hw", ""): "sums of no write heads: only barriers",
     ("interface.h", "loop", "j < l.S", "top = "): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
+    ("ntm_sequence.cu", "loop", "n0 < N", ""): _TURN,
     ("read.cu", "guard", "a.H > 8", ""): "room for rows that are not staged after all",
     ("addressing.h", "guard", "h0 > 0", ""): "the memory's gradient once more, the same, by the same thread",
 }  # fmt: skip
@@ -67,6 +69,7 @@ class Lab:
             for limit in (LIMITS if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
             for call in shim_calls.calls_of(case, sample, torch.float32, limit)
         ]
+        self.calls += test_cuda_sequence.recorded(test_cuda_sequence.MUTATED)
         self.path = path
         shim_calls.write(path, self.calls)
         self.drivers = {s: shim_build.driver(s) for s in shim_build.SANITIZERS}
