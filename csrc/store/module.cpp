@@ -90,20 +90,21 @@ class Table {
   }
 
   // n entries at addresses into the rings at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
-  // slot and kind. Returns how many were updated, appended, had replaced others, and were rejected.
-  py::tuple write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
+  // slot and kind.
+  void write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
                   int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
     if (!rings.head) throw std::logic_error("memcore._store: write before bind");
-    int64_t counts[4] = {0, 0, 0, 0};
     const auto all = [&](auto* keys_at, auto* values_at) {
       using T = std::remove_pointer_t<decltype(keys_at)>;
       write_all(keys_at, values_at, (const T*)keys, (const T*)values, (const int64_t*)hashes, (const int64_t*)dictionaries, dictionary, n,
-                alpha, (int64_t*)to, counts);
+                alpha, (int64_t*)to);
     };
     if (rings.element == 4) all((float*)ring_keys, (float*)ring_values);
     else all((double*)ring_keys, (double*)ring_values);
-    return py::make_tuple(counts[0], counts[1], counts[2], counts[3]);
   }
+
+  // How many writes updated, appended, replaced, and were rejected.
+  py::tuple written() const { return py::make_tuple(counts[0], counts[1], counts[2], counts[3]); }
 
  private:
   int64_t checked(int64_t a) const {
@@ -115,7 +116,7 @@ class Table {
 
   template <class T>
   void write_all(T* ring_keys, T* ring_values, const T* keys, const T* values, const int64_t* hashes, const int64_t* dictionaries, int64_t a,
-                 int64_t n, double alpha, int64_t* to, int64_t* counts) {
+                 int64_t n, double alpha, int64_t* to) {
     const int64_t D = rings.D, V = rings.V, N = slots.N;
     for (int64_t i = 0; i < (dictionaries ? n : 1); i++) checked(dictionaries ? dictionaries[i] : a);
     publish(1);
@@ -171,6 +172,7 @@ class Table {
   static constexpr int REJECTED = 3;
   SlotTable slots;
   Rings rings;
+  int64_t counts[4] = {0, 0, 0, 0};
 };
 
 }  // namespace
@@ -196,5 +198,6 @@ PYBIND11_MODULE(_store, m) {
       .def("touch", &Table::touch)
       .def("touch_at", &Table::touch_at)
       .def("bind", &Table::bind)
-      .def("write", &Table::write);
+      .def("write", &Table::write)
+      .def("written", &Table::written);
 }

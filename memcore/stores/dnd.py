@@ -23,6 +23,7 @@ __all__ = ["DND", "Stats"]
 _DTYPES = (torch.float32, torch.float64)
 _PATIENCE = 100  # lookups tried again because of a writer
 _LARGEST = 2**31 - 2
+_WRITTEN = ("updated", "appended", "replaced", "rejected")
 _forks = 0
 
 
@@ -141,7 +142,7 @@ class DND:
         knn_lookup(none, none, none, 0, kernel=kernel, delta=delta, metric=metric)  # judges these three
         self._table = _table.new_table(dictionaries, capacity)
         self._direct = self.device.type == "cpu" and hasattr(self._table, "write")
-        self._counts = dict.fromkeys(("appended", "updated", "replaced", "deleted", "rejected", "rows_trained"), 0)
+        self._counts = dict.fromkeys((*_WRITTEN, "deleted", "rows_trained"), 0)
         self._refused = torch.zeros((), dtype=torch.int64, device=self.device)
         self._clock = 0
         self._log: Any = None
@@ -389,15 +390,15 @@ class DND:
         """
         if self._fork != _forks or self._table is None:
             self._here("write")
-        r = self._rings
         dtype = self.dtype
         if not (
             type(keys) is Tensor and type(values) is Tensor and keys.dtype is dtype and values.dtype is dtype and keys.is_cpu and values.is_cpu
-            and keys.shape[1:] == (self.key_width,) and values.shape == (keys.shape[0], self.value_width)
+            and len(shape := keys.shape) == 2 and shape[1] == self.key_width and values.shape == (shape[0], self.value_width)
             and keys.is_contiguous() and values.is_contiguous()
         ):  # fmt: skip
             keys, values = self._entries(keys, values)
-        n = keys.shape[0]
+            shape = keys.shape
+        n = shape[0]
         if hashes is not None:
             hashes = _table.as_hashes("DND.write", hashes, n)
         if type(dictionary) is int and 0 <= dictionary < self.dictionaries:
@@ -405,29 +406,22 @@ class DND:
         else:
             if dictionary is None and self.dictionaries > 1:
                 raise ValueError(f"memcore.DND.write: 'dictionary' must be given, as there are {self.dictionaries}")
-            which = self._which("write", 0 if dictionary is None else dictionary, n)
-            a = 0
+            a, which = 0, self._which("write", 0 if dictionary is None else dictionary, n)
         with self._lock:
-            pending = self.keys.grad is not None or self.values.grad is not None
+            own_keys, own_values = self.keys, self.values
+            pending = own_keys.grad is not None or own_values.grad is not None
             told = pending or self._log is not None or self.searcher is not None
             if self._direct:
                 placed = torch.empty(n, 2, dtype=torch.int64) if told else None
-                counts = self._table.write(
-                    self.keys.data_ptr(), self.values.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(),
+                self._table.write(
+                    own_keys.data_ptr(), own_values.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(),
                     0 if which is None else which.data_ptr(), a, n, self.alpha, 0 if placed is None else placed.data_ptr(),
                 )  # fmt: skip
-                torch._C._increment_version((self.keys, self.values))  # a backward that wants what was there raises
+                torch._C._increment_version((own_keys, own_values))  # a backward that saved them raises
             else:
-                which = torch.full((n,), a) if which is None else which
-                placed, counts = self._write_rows(keys, values, hashes, which)
-            c = self._counts
-            c["updated"] += counts[0]
-            c["appended"] += counts[1]
-            c["replaced"] += counts[2]
-            c["rejected"] += counts[3]
+                placed = self._write_rows(keys, values, hashes, torch.full((n,), a) if which is None else which)
             if told and n:
-                which = torch.full((n,), a) if which is None else which
-                self._tell(keys, hashes, which, placed, pending)
+                self._tell(keys, hashes, torch.full((n,), a) if which is None else which, placed, pending)
 
     def _entries(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Checked keys [n, D] and values [n, V] of the store's dtype."""
@@ -468,8 +462,8 @@ class DND:
         return which
 
     @torch.no_grad()
-    def _write_rows(self, keys: Tensor, values: Tensor, hashes: Tensor | None, which: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """What the compiled table does itself, in tensors: [n, 2] slots and kinds, and how many there were of each kind."""
+    def _write_rows(self, keys: Tensor, values: Tensor, hashes: Tensor | None, which: Tensor) -> Tensor:
+        """What the compiled table does itself, in tensors: [n, 2] slots and kinds."""
         r, n = self._rings, keys.shape[0]
         hashes = _table.hash_rows(keys) if hashes is None else hashes
         good = (keys.isfinite().all(1) & values.isfinite().all(1)).cpu().nonzero().squeeze(1)
@@ -500,7 +494,9 @@ class DND:
                 self._clock += len(rows)
             for a in which.unique().tolist():
                 r.set_count(a, self._table.size(a))
-        return placed, tuple(torch.bincount(placed[:, 1], minlength=4).tolist())
+        for kind, count in zip(_WRITTEN, torch.bincount(placed[:, 1], minlength=4).tolist(), strict=True):
+            self._counts[kind] += count
+        return placed
 
     def _tell(self, keys: Tensor, hashes: Tensor | None, which: Tensor, placed: Tensor, pending: bool) -> None:
         """Those who need to know of written rows: gradients that wait, the searcher, the log."""
@@ -635,8 +631,10 @@ class DND:
         """How much the store holds and what happened to it."""
         r = self._rings
         tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, *r.state_tensors().values())
-        refused = int(self._refused)
-        return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **self._counts, rows_refused=refused)
+        counts = dict(self._counts)
+        if self._direct:
+            counts |= zip(_WRITTEN, self._table.written(), strict=True)
+        return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **counts, rows_refused=int(self._refused))
 
     def __reduce__(self) -> tuple:
         """What a spawned process gets: a reader of the same memory."""
