@@ -17,6 +17,7 @@ from ..functional import KnnCache, KnnLookup, knn_lookup, knn_search
 from . import _files, _table
 from ._optimizers import OPTIMIZERS, RowOptimizer, as_optimizer
 from ._rings import Rings, drop_rows, used_rows
+from .searchers import Searcher
 
 __all__ = ["DND", "Stats"]
 
@@ -82,7 +83,7 @@ class DND:
         bf16: keep a bfloat16 copy of float32 keys, which the search reads instead. Neighbours are still exact.
         dtype: float32 or float64.
         device: of the tensors. Hashes and the order of use are kept on the host: with a GPU, pass `hashes` that lie there.
-        searcher: finds candidates; None compares with every key.
+        searcher: finds candidates, as `memcore.stores.IVF()`; None compares with every key.
 
     Attributes:
         keys [A, N, D], values [A, N, V]: leaves; after a backward their `.grad` holds the rows used, until `step`. Only rows before `counts` hold
@@ -116,7 +117,7 @@ class DND:
         bf16: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        searcher: Any = None,
+        searcher: Searcher | None = None,
     ) -> None:
         sizes = {"dictionaries": dictionaries, "capacity": capacity, "key_width": key_width, "value_width": value_width}
         for name, size in sizes.items():
@@ -761,7 +762,7 @@ class DND:
             self._log.restart()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", searcher: Any = None) -> "DND":
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", searcher: Searcher | None = None) -> "DND":
         """The store that `save` wrote, order of use and optimizer's state included.
 
         Raises:
@@ -772,7 +773,7 @@ class DND:
     @classmethod
     def open(
         cls, folder: str | os.PathLike[str], dictionaries: int | None = None, capacity: int | None = None, key_width: int | None = None,
-        value_width: int = 1, *, device: torch.device | str = "cpu", searcher: Any = None, **settings: Any,
+        value_width: int = 1, *, device: torch.device | str = "cpu", searcher: Searcher | None = None, **settings: Any,
     ) -> "DND":  # fmt: skip
         """The store in a folder, which survives crashes: what was there at the last `flush` (or `save`) is there again.
 
