@@ -132,3 +132,17 @@ def test_errors(faiss, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r'needs .faiss., which is not importable .*pip install "memcore\[faiss-cpu\]"'):
         IVF()
+
+
+def test_doctor_warns_of_faiss_wheels_that_clash():
+    from memcore.doctor import examine, faiss_warnings, text
+
+    assert faiss_warnings([], None) == faiss_warnings(["faiss-cpu"], "12.8") == faiss_warnings(["faiss-gpu-cu12"], "12.8") == []
+    (two,) = faiss_warnings(["faiss-cpu", "faiss-gpu-cu12"], "12.8")
+    assert two.startswith("faiss-cpu and faiss-gpu-cu12 overwrite each other's module faiss; keep one")
+    assert faiss_warnings(["faiss-gpu-cu11"], "12.8") == [
+        "faiss-gpu-cu11 is for CUDA 11, torch for CUDA 12.8: two CUDA runtimes in one process; install that of torch's version"
+    ]
+    assert faiss_warnings(["faiss-gpu-cu12"], None) == ["faiss-gpu-cu12 is for GPUs, and this torch is for CPUs alone"]
+    report = examine()
+    assert "warning: " + two in text({**report, "warnings": [two]}) and report["slot_table"].startswith(("built", "in Python: memcore's slot table"))
