@@ -68,7 +68,10 @@ class Table {
 
   void oldest(int64_t a, const Ints& which) { slots.oldest(a, which.data(), which.size()); }
 
-  void touch(int64_t a, const Ints& which) { touch_at(a, (uintptr_t)which.data(), 1, 1, which.size()); }
+  void touch(int64_t a, const Ints& which) {
+    for (int64_t i = 0; i < which.size(); i++)
+      if (which.at(i) >= 0 && which.at(i) < slots.size(checked(a))) slots.touch(a, which.at(i));
+  }
 
   // indices [A,Q,K] of int64 at an address: queries in their order, of one query the nearest last; -1 is skipped.
   void touch_at(int64_t first, uintptr_t address, int64_t A, int64_t Q, int64_t K) {

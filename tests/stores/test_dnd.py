@@ -243,6 +243,15 @@ def test_touch_and_no_touch(Store):
     assert store.find([0, 1, 2, 3]).tolist() == [-1, 1, 2, 0]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_neighbours_count_as_used_in_their_order(Store, own):
+    store = Store(1, 5, 1, neighbours=2)
+    store.write(torch.arange(5.0)[:, None], torch.zeros(5), range(5))
+    query = torch.tensor([[3.1], [1.1], [3.1]])  # 3 then 4 nearest; 1, 2; 3, 4
+    store.lookup(query, dictionary=torch.zeros(3, dtype=torch.int64) if own else None)
+    assert store.state_dict()["order"].tolist() == [0, 2, 1, 4, 3]
+
+
 BAD = {
     "capacity 0": (lambda s: DND(1, 0, 3), ValueError, "memcore.DND: 'capacity' must be at least 1, got 0"),
     "dictionaries": (lambda s: DND(0, 4, 3), ValueError, "'dictionaries' must be at least 1"),
