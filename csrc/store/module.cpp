@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "slot_table.h"
 
@@ -82,14 +81,9 @@ class Table {
           if (at[k] >= 0 && at[k] < slots.size(first + a)) slots.touch(first + a, at[k]);
   }
 
-  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's state. Addresses may be 0.
-  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding,
-            const py::sequence& cleared) {
-    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, {}};
-    for (const auto& item : cleared) {
-      const auto pair = item.cast<std::pair<uintptr_t, int64_t>>();
-      rings.cleared.push_back({(char*)pair.first, pair.second});
-    }
+  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's steps. Addresses may be 0.
+  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding, uintptr_t steps) {
+    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, (int64_t*)steps};
   }
 
   // n entries at addresses into the rings at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
@@ -142,7 +136,7 @@ class Table {
         continue;
       }
       std::memmove(v, values, (size_t)V * sizeof(T));
-      for (const auto& c : rings.cleared) std::memset(c.data + row * c.row, 0, (size_t)c.row);
+      if (rings.steps) rings.steps[row] = 0;
       if (kind == SlotTable::APPENDED) rings.head[1 + a] = slots.size(a);
     }
     publish(1);

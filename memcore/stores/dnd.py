@@ -16,7 +16,7 @@ from .. import _checks
 from ..functional import KnnCache, KnnLookup, knn_lookup, knn_search
 from . import _files, _table
 from ._optimizers import OPTIMIZERS, RowOptimizer, as_optimizer
-from ._rings import Rings, drop_rows, used_rows
+from ._rings import RINGS, Rings, drop_rows, used_rows
 from .searchers import Searcher
 
 __all__ = ["DND", "Stats"]
@@ -162,10 +162,8 @@ class DND:
         if not self._direct:
             return
         r = self._rings
-        self._bound = [t for t in (r.head, r.norms, r.mirror, r.rounding, *r.state_tensors().values()) if t is not None]
-        cleared = [(t.data_ptr(), t.shape[1] * t.element_size()) for t in r.state_tensors().values()]
-        addresses = (0 if t is None else t.data_ptr() for t in (r.head, r.norms, r.mirror, r.rounding))
-        self._table.bind(self.key_width, self.value_width, self.dtype.itemsize, *addresses, cleared)
+        addresses = (0 if t is None else t.data_ptr() for t in (r.head, r.norms, r.mirror, r.rounding, r.steps))
+        self._table.bind(self.key_width, self.value_width, self.dtype.itemsize, *addresses)
 
     def _here(self, op: str, write: bool = True) -> None:
         if self._fork != _forks:
@@ -600,19 +598,21 @@ class DND:
         r = self._rings
         changed = []
         with self._lock, r.changing():
-            for name, ring, flat in (("keys", self.keys, r.flat_keys), ("values", self.values, r.flat_values)):
+            for column, (name, ring, flat) in enumerate(zip(RINGS, (self.keys, self.values), (r.flat_keys, r.flat_values), strict=True)):
                 if ring.grad is None or (name == "keys" and not keys):
                     continue
                 rows, grad = used_rows(ring.grad)
-                state = r.state[name]
-                old = flat[rows]
-                new, after = self.optimizer.update(old, grad.to(old.dtype), {s: t[rows] for s, t in state.items()}, lr)
+                old, before = flat[rows], r.state_of(name, rows)
+                step = (rows.new_zeros(len(rows)) if r.steps is None else r.steps[rows, column].long()) + 1
+                new, after = self.optimizer.update(old, grad.to(old.dtype), before, step[:, None].double(), lr)
                 good = new.isfinite().all(1, keepdim=True)
                 for t in after.values():
                     good &= t.isfinite().all(1, keepdim=True)
                 self._refused += (~good).sum()
                 for s, t in after.items():
-                    state[s][rows] = torch.where(good, t, state[s][rows])
+                    r.state[name][s][rows] = torch.where(good, t, before[s])
+                if r.steps is not None:
+                    r.steps[rows, column] = (step - 1 + good.squeeze(1).long()).int()
                 new = torch.where(good, new, old)
                 if name == "keys":
                     r.set_keys(rows, new)
@@ -631,7 +631,7 @@ class DND:
     def stats(self) -> Stats:
         """How much the store holds and what happened to it."""
         r = self._rings
-        tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, *r.state_tensors().values())
+        tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, r.steps, *r.state_tensors().values())
         counts = dict(self._counts)
         if self._direct:
             counts |= zip(_WRITTEN, self._table.written(), strict=True)
@@ -690,12 +690,15 @@ class DND:
                     self._table.oldest(a, r.stamps[a * self.capacity : a * self.capacity + n].argsort().cpu().numpy())
             rows = self._taken().to(self.device)
             tables = [(torch.from_numpy(self._table.hashes(a)), torch.from_numpy(self._table.order(a))) for a in range(self.dictionaries)]
-            tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors()}
+            state = {f"{ring}.{name}": t for ring in RINGS for name, t in r.state_of(ring, rows).items()}
+            if r.steps is not None:
+                state["steps"] = r.steps[rows]
+            tensors = {"keys": r.flat_keys[rows], "values": r.flat_values[rows], **state}
             return {
                 "counts": torch.tensor(counts, dtype=torch.int64),
                 "hashes": torch.cat([t[0] for t in tables]),
                 "order": torch.cat([t[1] for t in tables]),
-                **{name: t[rows].cpu() for name, t in tensors.items()},
+                **{name: t.cpu() for name, t in tensors.items()},
             }
 
     @torch.no_grad()
@@ -711,7 +714,7 @@ class DND:
         total = sum(counts)
         if len(counts) != A or not all(0 <= n <= N for n in counts):
             raise ValueError(f"memcore.DND.load_state_dict: 'counts' must be {A} numbers of 0..{N}, got {counts}")
-        tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors()}
+        tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors(), **({} if r.steps is None else {"steps": r.steps})}
         want = {"hashes": (total,), "order": (total,), **{name: (total, t.shape[1]) for name, t in tensors.items()}}
         have = {name: tuple(t.shape) for name, t in state.items() if name != "counts"}
         for name in sorted(want.keys() | have.keys()):

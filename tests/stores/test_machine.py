@@ -153,7 +153,7 @@ def test_histories(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_thousand_steps(kind):
-    many = settings(max_examples=400, stateful_step_count=60, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
+    many = settings(max_examples=220, stateful_step_count=60, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
     machine = type("M", (Machine,), {"kind": kind, "steps": 0})
     run_state_machine_as_test(machine, settings=many)
     assert machine.steps >= 10_000, machine.steps
