@@ -11,8 +11,8 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout keeps `kernel
 from . import functional, reference
 from ._backend import backend
 
-_models = ("LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NTM", "NTMCell", "NTMState")
-_modules = ("data", "models", "tasks", "train")
+_models = ("LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NEC", "NTM", "NTMCell", "NTMState", "QNetwork")
+_modules = ("data", "models", "rl", "tasks", "train")
 __all__ = ["backend", "functional", "reference", *_models, *_modules]
 
 

@@ -29,6 +29,7 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Any] | None
     generators: dict[str, Tensor]
     meta: dict[str, Any]
+    extra: dict[str, Tensor] = {}
 
     def restore(
         self,
@@ -106,6 +107,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     generator: torch.Generator | None = None,
     meta: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save a model, and what is needed to continue its training, in one safetensors file.
 
@@ -118,6 +120,7 @@ def save_checkpoint(
         optimizer: its state, tensors and settings.
         generator: the data stream's generator; torch's global CPU generator is saved with it.
         meta: anything JSON can hold.
+        extra: further tensors by name.
 
     Raises:
         OSError: the file cannot be written; the old one is left as it was.
@@ -125,6 +128,7 @@ def save_checkpoint(
     """
     safetensors = require("safetensors.torch", extra="train")
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
+    tensors.update({f"extra/{k}": v for k, v in (extra or {}).items()})
     record: dict[str, Any] = {"meta": dict(meta or {}), "optimizer": None}
     if optimizer is not None:
         state = optimizer.state_dict()
@@ -177,7 +181,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if header.get("sha256") != _digest(tensors, text):
         raise refuse("a damaged file: its checksum does not match its content")
     record = json.loads(text)
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}, "extra": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = tensor
@@ -189,4 +193,4 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             state[int(index)][key] = tensor
         param_groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in optimizer["param_groups"]]
         optimizer = {"state": state, "param_groups": param_groups}
-    return Checkpoint(path, groups["model"], optimizer, groups["generator"], record["meta"])
+    return Checkpoint(path, groups["model"], optimizer, groups["generator"], record["meta"], groups["extra"])
