@@ -20,7 +20,7 @@ class DND:
         self.A, self.N, self.k, self.delta, self.alpha = A, N, neighbours, delta, alpha
         self.keys = torch.zeros(A, N, D, requires_grad=True)
         self.values = torch.zeros(A, N, value_width, requires_grad=True)
-        self.count = [0] * A
+        self.counts = [0] * A
         self.used = torch.zeros(A, N, dtype=torch.int64)
         self.clock = 0
         self.hash = torch.zeros(A, N, dtype=torch.int64)
@@ -29,10 +29,13 @@ class DND:
         self.v = [torch.zeros(A, N, w) for w in (D, value_width)]
         self.t = 0
 
-    def lookup(self, query, *, touch=True):
+    def lookup(self, query, *, dictionary=None, touch=True):
+        if dictionary is not None:
+            f = self.lookup(query, touch=touch)
+            return Found(*(x[dictionary, torch.arange(len(query))] for x in f))
         outs = []
         for a in range(self.A):
-            n = self.count[a]
+            n = self.counts[a]
             k = min(self.k, n)
             keys = self.keys[a, :n]
             with torch.no_grad():
@@ -54,17 +57,16 @@ class DND:
 
     @torch.no_grad()
     def write(self, keys, values, hashes, *, dictionary):
-        a = dictionary
-        for key, value, h in zip(keys, values, hashes.tolist()):
+        for key, value, h, a in zip(keys, values, hashes.tolist(), dictionary.tolist()):
             self.clock += 1
             at = self.slot[a].get(h)
             if at is not None:
                 self.values[a, at] += self.alpha * (value - self.values[a, at])
                 self.keys[a, at] = key
             else:
-                if self.count[a] < self.N:
-                    at = self.count[a]
-                    self.count[a] += 1
+                if self.counts[a] < self.N:
+                    at = self.counts[a]
+                    self.counts[a] += 1
                 else:
                     at = int(self.used[a].argmin())
                     del self.slot[a][int(self.hash[a, at])]
@@ -89,16 +91,16 @@ class DND:
             p.flatten(0, 1)[rows] -= lr * (m[rows] / (1 - 0.9**self.t)) / ((v[rows] / (1 - 0.999**self.t)).sqrt() + 1e-8)
         self.keys.grad = self.values.grad = None
 
-    def state(self):
+    def state_dict(self):
         return {"keys": self.keys.detach(), "values": self.values.detach(), "used": self.used, "hash": self.hash,
-                "count": torch.tensor(self.count), "clock": torch.tensor([self.clock, self.t]),
+                "count": torch.tensor(self.counts), "clock": torch.tensor([self.clock, self.t]),
                 **{f"m{i}": x for i, x in enumerate(self.m)}, **{f"v{i}": x for i, x in enumerate(self.v)}}
 
     @torch.no_grad()
-    def load_state(self, s):
+    def load_state_dict(self, s):
         self.keys.copy_(s["keys"]); self.values.copy_(s["values"])
         self.used, self.hash = s["used"].clone(), s["hash"].clone()
-        self.count = s["count"].tolist()
+        self.counts = s["count"].tolist()
         self.clock, self.t = s["clock"].tolist()
         self.m, self.v = [s["m0"], s["m1"]], [s["v0"], s["v1"]]
-        self.slot = [{int(h): i for i, h in enumerate(self.hash[a, :n].tolist())} for a, n in enumerate(self.count)]
+        self.slot = [{int(h): i for i, h in enumerate(self.hash[a, :n].tolist())} for a, n in enumerate(self.counts)]

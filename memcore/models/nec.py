@@ -109,7 +109,7 @@ class NEC(nn.Module):
 
     Example:
         >>> model = NEC((4,), actions=2)
-        >>> model.remember(torch.randn(3, 4), action=0, targets=torch.ones(3), hashes=torch.arange(3))
+        >>> model.remember(torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), torch.ones(3), hashes=torch.arange(3))
         >>> model(torch.randn(1, 4)).values
         tensor([[1., 0.]], grad_fn=...)
     """
@@ -156,27 +156,35 @@ class NEC(nn.Module):
         """
         key = self.embed(observations)
         found = self.memory.lookup(key, touch=touch)
-        return NECOutput(found.output[..., 0].T, torch.tensor(self.memory.count) > 0, key, found.distances)
+        return NECOutput(found.output[..., 0].T, torch.tensor(self.memory.counts) > 0, key, found.distances)
+
+    def value(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Q(s, a), [B], of observations [B, *observation_shape] and one action each, [B] int64; the entries found do not count as used."""
+        return self.memory.lookup(self.embed(observations), dictionary=self._acted(observations, actions), touch=False).output[:, 0]
 
     @torch.no_grad()
-    def remember(self, observations: Tensor, action: int, targets: Tensor, hashes: Tensor) -> None:
-        """Write entries (f(s), target) into one action's dictionary, as if one after the other.
+    def remember(self, observations: Tensor, actions: Tensor, targets: Tensor, hashes: Tensor) -> None:
+        """Write entries (f(s), target) into the dictionaries of their actions, as if one after the other.
 
         Args:
             observations: [B, *observation_shape].
-            action: 0 .. A - 1.
+            actions: [B] int64, 0 .. A - 1.
             targets: [B].
             hashes: [B] int64, of the observations: an entry whose hash is known moves its value by alpha and takes the new key.
 
         Raises:
             ValueError: no such action, or sizes that differ.
         """
-        if not 0 <= action < self.actions:
-            raise ValueError(f"memcore.NEC: 'action' must be in 0..{self.actions - 1}, got {action}")
         for name, t in (("targets", targets), ("hashes", hashes)):
             _checks.shape("NEC", name, t, "B", tuple(observations.shape[:1]), "observations", tuple(observations.shape))
         key = self.embed(observations)
-        self.memory.write(key, targets.to(key.dtype)[:, None], hashes, dictionary=action)
+        self.memory.write(key, targets.to(key.dtype)[:, None], hashes, dictionary=self._acted(observations, actions))
+
+    def _acted(self, observations: Tensor, actions: Tensor) -> Tensor:
+        _checks.shape("NEC", "actions", actions, "B", tuple(observations.shape[:1]), "observations", tuple(observations.shape))
+        if actions.numel() and not (0 <= int(actions.min()) and int(actions.max()) < self.actions):
+            raise ValueError(f"memcore.NEC: 'actions' must be in 0..{self.actions - 1}, got {int(actions.min())}..{int(actions.max())}")
+        return actions
 
 
 class QNetwork(nn.Module):

@@ -142,10 +142,7 @@ class NECAgent:
         hashes = torch.tensor([observation_hash(o) for o in observations])
         for record in zip(observations, actions, targets, strict=True):
             self.replay.add(**dict(zip(("observation", "action", "target"), record, strict=True)))
-        seen, wanted = torch.from_numpy(observations), torch.from_numpy(targets)
-        for action in np.unique(actions).tolist():
-            at = torch.from_numpy(np.flatnonzero(actions == action))
-            self.network.remember(seen[at], action, wanted[at], hashes[at])
+        self.network.remember(*(torch.from_numpy(x) for x in (observations, actions, targets)), hashes)
         self._written = until
 
     def flush(self) -> None:
@@ -157,8 +154,7 @@ class NECAgent:
         if not len(self.replay):
             return None
         batch = self.replay.sample(self.batch_size, generator)
-        values = self.network(batch["observation"], touch=False).values
-        loss = F.mse_loss(values.gather(1, batch["action"][:, None])[:, 0], batch["target"])
+        loss = F.mse_loss(self.network.value(batch["observation"], batch["action"]), batch["target"])
         value = _step(self.network, self.optimizer, loss, self.clip_norm)
         if np.isfinite(value):
             self.network.memory.step(self.memory_lr, keys=self.grad_keys)
@@ -169,12 +165,12 @@ class NECAgent:
         n, nearest, furthest = self._distances.tolist()
         self._distances[:] = 0
         n = n or float("nan")
-        return {"memory": list(self.network.memory.count), "nearest": nearest / n, "furthest": furthest / n}
+        return {"memory": list(self.network.memory.counts), "nearest": nearest / n, "furthest": furthest / n}
 
     def state(self) -> dict[str, Tensor]:
         """Dictionaries, replay, and what of the running episode the environment cannot repeat."""
         return {
-            **{f"memory/{k}": v for k, v in self.network.memory.state().items()},
+            **{f"memory/{k}": v for k, v in self.network.memory.state_dict().items()},
             **{f"replay/{k}": v for k, v in self.replay.state().items()},
             "values": torch.tensor(self._values, dtype=torch.float64),
             "written": torch.tensor(self._written),
@@ -183,7 +179,7 @@ class NECAgent:
 
     def load_state(self, state: Mapping[str, Tensor], episode: Iterable[tuple[np.ndarray, int, float]]) -> None:
         """Put back what `state` gave; `episode` repeats (observation, action, reward) of the running episode."""
-        self.network.memory.load_state(_below(state, "memory/"))
+        self.network.memory.load_state_dict(_below(state, "memory/"))
         self.replay.load_state(_below(state, "replay/"))
         for observation, action, reward in episode:
             self._observations.append(observation)

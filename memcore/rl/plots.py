@@ -71,14 +71,15 @@ def compare(runs: Sequence[PathLike], *, level: float | None = None) -> list[dic
     return table
 
 
-def _band(axes: Any, series: list[tuple[np.ndarray, np.ndarray]], label: str, **how: Any) -> None:
-    """The median of several curves, and a band from the least to the greatest."""
+def _band(axes: Any, series: list[tuple[np.ndarray, np.ndarray]], label: str, **how: Any) -> str:
+    """The median of several curves, and a band from the least to the greatest; their colour."""
     at = np.unique(np.concatenate([xs for xs, _ in series]))
     at = at[(at >= max(xs[0] for xs, _ in series)) & (at <= min(xs[-1] for xs, _ in series))]
     values = np.stack([np.interp(at, xs, ys) for xs, ys in series])
     (line,) = axes.plot(at, np.median(values, 0), label=label, linewidth=1.5, **how)
     if len(series) > 1:
         axes.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    return line.get_color()
 
 
 def returns(runs: Sequence[PathLike], out: PathLike | None = None, *, level: float | None = None) -> Any:
@@ -111,8 +112,7 @@ def returns(runs: Sequence[PathLike], out: PathLike | None = None, *, level: flo
         arm = name[1] if len(tasks) == 1 else f"{name[0]}, {name[1]}"
         return arm if len(found) == 1 else f"{arm} (median of {len(found)} seeds, band: all)"
 
-    for name, found in groups.items():
-        _band(panels[0], [_scores(*f) for f in found], label(name, found))
+    colours = {name: _band(panels[0], [_scores(*f) for f in found], label(name, found)) for name, found in groups.items()}
     greedy = all("eval_return" in found[0][0][0] for found in groups.values())
     panels[0].set_ylabel("return, greedy" if greedy else f"return, mean of {EPISODES} episodes")
     panels[0].set_title(", ".join(sorted(tasks)))
@@ -120,10 +120,11 @@ def returns(runs: Sequence[PathLike], out: PathLike | None = None, *, level: flo
         panels[0].axhline(level, color="grey", linestyle=":", linewidth=1)
     for name, found in stores.items():
         rows = [[r for r in f[0] if r["nearest"] is not None] for f in found]
-        _band(panels[1], [(np.array([r["step"] for r in rs]), np.array([sum(r["memory"]) for r in rs])) for rs in rows], label(name, found))
+        entries = [(np.array([r["step"] for r in rs]), np.array([sum(r["memory"]) for r in rs])) for rs in rows]
+        _band(panels[1], entries, label(name, found), color=colours[name])
         for key, style in (("nearest", "-"), ("furthest", "--")):
             series = [(np.array([r["step"] for r in rs]), np.array([r[key] for r in rs])) for rs in rows]
-            _band(panels[2], series, f"{name[1]}, {key}", linestyle=style)
+            _band(panels[2], series, f"{name[1]}, {key}", linestyle=style, color=colours[name])
     if stores:
         panels[1].set_ylabel("entries, all actions")
         panels[2].set_ylabel("neighbours' |h - h'|$^2$")

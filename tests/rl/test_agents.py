@@ -41,7 +41,7 @@ def episode(agent, length, seed, truncated=False):
 
 def stored(agent, action):
     memory = agent.network.memory
-    n = memory.count[action]
+    n = memory.counts[action]
     return memory.keys[action, :n].detach().clone(), memory.values[action, :n, 0].detach().clone()
 
 

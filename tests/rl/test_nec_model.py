@@ -7,6 +7,8 @@ import memcore
 from memcore.models.nec import make_encoder
 from memcore.rl import observation_hash
 
+ONE = torch.ones(1, dtype=torch.int64)
+
 
 def filled(entries=30, seed=0, **more):
     torch.manual_seed(seed)
@@ -14,7 +16,7 @@ def filled(entries=30, seed=0, **more):
     for action in (0, 2):
         seen = torch.randn(entries, 4)
         hashes = torch.tensor([observation_hash(o.numpy()) for o in seen])
-        model.remember(seen, action, torch.randn(entries), hashes)
+        model.remember(seen, torch.full((entries,), action), torch.randn(entries), hashes)
     return model
 
 
@@ -26,7 +28,7 @@ def by_hand(h, keys, values, k, delta):
 
 
 def entries(model, action):
-    n = model.memory.count[action]
+    n = model.memory.counts[action]
     return model.memory.keys[action, :n].detach().double(), model.memory.values[action, :n, 0].detach().double()
 
 
@@ -43,6 +45,8 @@ def test_values_are_the_inverse_distance_means_of_the_nearest(stored):
         assert len(keys) == min(stored, 20)
         for b in range(7):
             assert found.values[b, action].item() == pytest.approx(by_hand(h[b], keys, values, 6, 1e-3), rel=1e-4, abs=1e-5)
+    actions = torch.tensor([0, 2, 1, 0, 0, 2, 2])
+    torch.testing.assert_close(model.value(seen, actions), found.values.gather(1, actions[:, None])[:, 0])
     nearest = found.distances[0, :, 0].double()
     torch.testing.assert_close(nearest, (h[:, None] - entries(model, 0)[0]).square().sum(-1).min(-1).values, rtol=1e-4, atol=1e-6)
 
@@ -50,14 +54,14 @@ def test_values_are_the_inverse_distance_means_of_the_nearest(stored):
 def test_an_observation_met_again_moves_its_value_and_takes_the_new_key():
     model = filled(3, alpha=0.25)
     seen, h = torch.randn(1, 4), torch.tensor([77])
-    model.remember(seen, 1, torch.tensor([8.0]), h)
+    model.remember(seen, ONE, torch.tensor([8.0]), h)
     assert model(seen).values[0, 1].item() == 8.0
     with torch.no_grad():
         model.encoder[-1].weight.mul_(2.0)
-    model.remember(seen, 1, torch.tensor([4.0]), h)
+    model.remember(seen, ONE, torch.tensor([4.0]), h)
     keys, values = entries(model, 1)
     assert values.tolist() == [7.0] and torch.equal(keys.float(), model.embed(seen).detach())
-    model.remember(seen.repeat(2, 1), 1, torch.tensor([3.0, 3.0]), torch.tensor([77, 78]))  # as one after the other
+    model.remember(seen.repeat(2, 1), ONE.repeat(2), torch.tensor([3.0, 3.0]), torch.tensor([77, 78]))  # as one after the other
     assert entries(model, 1)[1].tolist() == [6.0, 3.0]
 
 
@@ -122,9 +126,12 @@ def test_inputs_that_do_not_fit():
     with pytest.raises(TypeError, match="'observations' must be a tensor, got list"):
         model([[0.0] * 4])
     one = torch.zeros(1, 4)
-    with pytest.raises(ValueError, match=r"'action' must be in 0..2, got 3"):
-        model.remember(one, 3, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    for bad in (3, -1):
+        with pytest.raises(ValueError, match=rf"'actions' must be in 0..2, got {bad}..{bad}"):
+            model.remember(one, torch.tensor([bad]), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"'actions' must have shape \(B\) = \(1,\)"):
+        model.value(one, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"'targets' must have shape \(B\) = \(1,\)"):
-        model.remember(one, 0, torch.zeros(2), torch.zeros(1, dtype=torch.int64))
+        model.remember(one, ONE, torch.zeros(2), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"'hashes' must have shape \(B\) = \(1,\)"):
-        model.remember(one, 0, torch.zeros(1), torch.zeros(2, dtype=torch.int64))
+        model.remember(one, ONE, torch.zeros(1), torch.zeros(2, dtype=torch.int64))
