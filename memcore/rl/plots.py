@@ -11,6 +11,7 @@ from .experiment import WINDOW
 
 __all__ = ["compare", "returns"]
 
+HELD = 5  # rows that a level must last to count as reached
 EPISODES = 20  # a point of the curve is the mean over so many
 
 
@@ -43,8 +44,8 @@ def compare(runs: Sequence[PathLike], *, level: float | None = None) -> list[dic
 
     Args:
         runs: folders written by `memcore train nec`; a DQN is set against the NEC of its environment and seed, if there is exactly one.
-        level: adds `reached`, the step at which the score first was at least this: greedy episodes where the run played some, else the
-            mean of the last 20 training episodes.
+        level: adds `reached`, the first step from which the score was at least this in five rows one after the other (or to the end): greedy
+            episodes where the run played some, else the mean of the last 20 training episodes.
     """
     curves = [_curve_of(folder) for folder in runs]
     configs = [_config(folder) for folder in runs]
@@ -65,8 +66,8 @@ def compare(runs: Sequence[PathLike], *, level: float | None = None) -> list[dic
             row["return_at_equal_steps"] = float(values[inside].mean()) if inside.any() else None
         if level is not None:
             at, score = _scores(rows, values, ends)
-            reached = np.flatnonzero(score >= level)
-            row["reached"] = int(at[reached[0]]) if len(reached) else None
+            held = [i for i in range(len(score)) if (score[i : i + HELD] >= level).all()]
+            row["reached"] = int(at[held[0]]) if held else None
         table.append(row)
     return table
 
