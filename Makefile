@@ -70,5 +70,5 @@ test-asan: $(READY)
 	-k 'kernels or forward or gradient or strides or threads or empty' $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info memcore/_C*.so .pytest_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info memcore/_C*.so memcore/_store*.so .pytest_cache .hypothesis .benchmarks
 	find memcore kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds the package and, where torch and a C++ compiler are at hand, its native library `memcore._C`.
+"""Builds the package and, where torch and a C++ compiler are at hand, its native library `memcore._C` and, with pybind11, `memcore._store`.
 
     pip install --no-build-isolation .             the package; torch must be installed first
     python setup.py build_ext --inplace            development: compiles again only what changed
@@ -12,7 +12,8 @@ CXX, CXXFLAGS, MAX_JOBS as usual.
 Sources are found by pattern: `csrc/cpu/<op>_kernel.cpp` (no torch header) is compiled once per instruction set, into
 namespace memcore::MC_ISA; `csrc/cuda/*.cu` (no torch header) by nvcc; every other `csrc/**/*.cpp` once, those of csrc/cuda only
 with nvcc. torch is found, never imported: its stable ABI needs headers and libtorch_cpu alone, and one binary serves every torch
-from TORCH on and every CPython from 3.10 on.
+from TORCH on and every CPython from 3.10 on. `memcore._store` (csrc/store: host-side classes) knows nothing of torch, but pybind11 has no
+stable ABI: a wheel that holds it is for one version of CPython.
 """
 
 import os
@@ -139,6 +140,15 @@ def check_no_shared_code(obj: Path, isa: str) -> None:
         raise CompileError(f"{obj.name}: inline code outside namespace memcore::{isa} is not inlined: {', '.join(foreign)}")
 
 
+def why_no_store() -> str | None:
+    """What keeps the store's slot table from being built beside the native library, or None."""
+    if find_spec("pybind11") is None:
+        return "pybind11 is not importable at build time (pip install pybind11)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"there is no Python.h in {sysconfig.get_path('include')}"
+    return None
+
+
 class Target:
     """One output file with the command that makes it, remade when the command or a file it reads has changed."""
 
@@ -169,6 +179,29 @@ class Target:
         os.utime(self.stamp, ns=(started, started))  # an edit during the compilation makes it stale
 
 
+def flags_and_folder() -> tuple[list[str], Path]:
+    """More compiler flags, and where the objects go."""
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    if SANITIZE:
+        extra += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+    return extra, ROOT / "build" / "-".join(["native", *SANITIZE.split(",")]).rstrip("-")
+
+
+def build_store() -> Path:
+    """Compile the store's slot table if it is out of date; its path."""
+    cxx = compiler()
+    extra, out = flags_and_folder()
+    includes = [sysconfig.get_path("include"), str(Path(find_spec("pybind11").origin).parent / "include")]
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    source, library = ROOT / "csrc" / "store" / "module.cpp", out / f"_store{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [*cxx, *COMMON, "-O3", "-ffp-contract=off", *extra, *(f for i in includes for f in ("-isystem", i)), *shared]
+    command += ["-MMD", "-MF", str(library.with_suffix(".d")), str(source.relative_to(ROOT)), "-o", str(library)]
+    target = Target(library, command, [source], f"{run([*cxx, '--version']).splitlines()[0]}; pybind11 {version('pybind11')}")
+    if not target.fresh():
+        target.make()
+    return library
+
+
 def build_library() -> Path:
     """Compile and link what is out of date; the path of the library."""
     import fcntl
@@ -176,10 +209,7 @@ def build_library() -> Path:
     torch = Path(find_spec("torch").origin).parent
     cxx = compiler()
     key = f"{run([*cxx, '--version']).splitlines()[0]}; torch {version('torch')}"
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    if SANITIZE:
-        extra += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
-    out = ROOT / "build" / "-".join(["native", *SANITIZE.split(",")]).rstrip("-")
+    extra, out = flags_and_folder()
 
     def compiled(source: Path, flags: list[str], isa: str = "") -> Target:
         obj = out / "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
@@ -204,7 +234,7 @@ def build_library() -> Path:
         command = [*gpu, "-MMD", "-MF", str(obj.with_suffix(".d")), "-c", str(source.relative_to(ROOT)), "-o", str(obj)]
         objects.append(Target(obj, command, [source], f"{key}\n{nvcc_key}"))
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
-        if source.parent.name == "cuda" and not nvcc:
+        if source.parent.name == "store" or (source.parent.name == "cuda" and not nvcc):
             continue
         if source.stem.endswith("_kernel"):
             objects += [compiled(source, [*KERNEL, *flags, f"-DMC_ISA={isa}"], isa) for isa, flags in ISAS.items()]
@@ -239,7 +269,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            library = build_library()
+            library = build_store() if ext.name == "memcore._store" else build_library()
         except CompileError as e:
             for old in (target, ROOT / "memcore" / target.name):  # rather none than one that does not fit
                 old.unlink(missing_ok=True)
@@ -260,6 +290,10 @@ if reason and NATIVE == "1":
     sys.exit(f"memcore: the native library cannot be built: {reason}")
 if reason and NATIVE == "auto":
     tell(reason)
+storeless = reason or why_no_store()
+if storeless and not reason:
+    print(f"memcore: building without the store's slot table, which runs in Python: {storeless}", file=sys.stderr)
+optional = NATIVE == "auto"
 
 setup(
     packages=[
@@ -269,7 +303,10 @@ setup(
     ],
     # `kernels` and `bench` have no __init__.py at their top: as folders they never hide packages of these names.
     package_dir={"memcore": "memcore", "memcore.kernels": "kernels", "memcore.bench": "bench"},
-    ext_modules=[] if reason else [Extension("memcore._C", [], py_limited_api=True, optional=NATIVE == "auto")],
+    ext_modules=[
+        *([] if reason else [Extension("memcore._C", [], py_limited_api=True, optional=optional)]),
+        *([] if storeless else [Extension("memcore._store", [], optional=optional)]),
+    ],
     cmdclass={"build_ext": BuildNative},
-    options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if storeless and not reason else {},
 )

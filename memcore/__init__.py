@@ -12,8 +12,9 @@ from . import functional, reference
 from ._backend import backend
 
 _models = ("LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NEC", "NTM", "NTMCell", "NTMState", "QNetwork")
-_modules = ("data", "models", "rl", "tasks", "train")
-__all__ = ["backend", "functional", "reference", *_models, *_modules]
+_stores = ("DND",)
+_modules = ("data", "models", "rl", "stores", "tasks", "train")
+__all__ = ["backend", "functional", "reference", *_models, *_stores, *_modules]
 
 
 def __getattr__(name: str):
@@ -21,6 +22,8 @@ def __getattr__(name: str):
         return import_module(f".{name}", __name__)
     if name in _models:
         return getattr(import_module(".models", __name__), name)
+    if name in _stores:
+        return getattr(import_module(".stores", __name__), name)
     raise AttributeError(f"module 'memcore' has no attribute {name!r}")
 
 

@@ -4,6 +4,8 @@ from .kernels.circular_shift import circular_shift
 from .kernels.content_addressing import content_addressing
 from .kernels.erase_add_write import erase_add_write, erase_add_write_
 from .kernels.interpolate import interpolate
+from .kernels.knn_lookup import KnnLookup, knn_lookup
+from .kernels.knn_search import KnnCache, knn_cache, knn_search
 from .kernels.least_used import least_used
 from .kernels.lrua_write import lrua_write
 from .kernels.ntm_addressing import ntm_addressing
@@ -16,6 +18,8 @@ from .kernels.usage_update import usage_update
 
 __all__ = [
     "Interface",
+    "KnnCache",
+    "KnnLookup",
     "NTMParameters",
     "NTMSequence",
     "NTMStep",
@@ -24,6 +28,9 @@ __all__ = [
     "erase_add_write",
     "erase_add_write_",
     "interpolate",
+    "knn_cache",
+    "knn_lookup",
+    "knn_search",
     "least_used",
     "lrua_write",
     "ntm_addressing",

@@ -4,6 +4,8 @@ from .kernels.circular_shift.reference import circular_shift
 from .kernels.content_addressing.reference import content_addressing
 from .kernels.erase_add_write.reference import erase_add_write, erase_add_write_
 from .kernels.interpolate.reference import interpolate
+from .kernels.knn_lookup.reference import KnnLookup, knn_lookup
+from .kernels.knn_search.reference import knn_search
 from .kernels.least_used.reference import least_used
 from .kernels.lrua_write.reference import lrua_write
 from .kernels.ntm_addressing.reference import ntm_addressing
@@ -16,6 +18,7 @@ from .kernels.usage_update.reference import usage_update
 
 __all__ = [
     "Interface",
+    "KnnLookup",
     "NTMParameters",
     "NTMSequence",
     "NTMStep",
@@ -24,6 +27,8 @@ __all__ = [
     "erase_add_write",
     "erase_add_write_",
     "interpolate",
+    "knn_lookup",
+    "knn_search",
     "least_used",
     "lrua_write",
     "ntm_addressing",

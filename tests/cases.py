@@ -134,7 +134,7 @@ def assert_close(
 
 # Builders -------------------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "H": 2, "N": 20, "W": 7, "S": 3, "R": 1, "Hr": 2, "Hw": 1, "shared": 0, "masked": 0, "strength": 1}
+SIZES = {"A": 0, "B": 2, "H": 2, "N": 20, "V": 5, "W": 7, "S": 3, "R": 1, "Hr": 2, "Hw": 1, "shared": 0, "masked": 0, "strength": 1}
 GAMMA_OF_INTERFACE = 4.0  # 1 + softplus of a standard normal number stays below
 
 
@@ -243,6 +243,18 @@ def _ntm_step(s, g):
     }
 
 
+def _knn_search(s, g):
+    """Q is the batch, D the width; A = 0: not stacked. Distances of about 1."""
+    stack = (s.A,) if s.A else ()
+    scale = max(s.W, 1) ** -0.5
+    return {"query": scale * randn(g, *stack, s.B, s.W), "keys": scale * randn(g, *stack, s.N, s.W)}
+
+
+def _knn_lookup(s, g):
+    x = _knn_search(s, g)
+    return {**x, "values": randn(g, *x["keys"].shape[:-1], s.V)}
+
+
 # Twists ---------------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +296,16 @@ def _hide_all_of_first(mask):
 
 def _ties(t):
     return (t * 3).floor()
+
+
+def _one_query_for_all(x):
+    x["query"] = x["query"][0]
+
+
+def _query_of_keys(x):
+    """Exact hits, and duplicates of them."""
+    x["keys"][..., 1::2, :] = x["keys"][..., :1, :]
+    x["query"][..., 0, :] = x["keys"][..., 0, :]
 
 
 def _with_add(x):
@@ -522,6 +544,47 @@ CASES: tuple[Case, ...] = (
         lambda s: max(s.N, s.W),
         fixed="I H",
         sharpens=True,
+    ),
+    Case(
+        "knn_search",
+        {"query": "A Q D", "keys": "A N D"},
+        _knn_search,
+        (
+            S("small", options={"k": 3}, A=2),
+            S("flat_cosine", options={"k": 3, "metric": "cosine"}, B=9),
+            S("ip", options={"k": 3, "metric": "ip"}, A=2, B=5, W=9),
+            S("shared_query", _one_query_for_all, {"k": 4}, A=3, B=3),
+            S("k_of_few_rows", options={"k": 30}, A=2, N=7),
+            S("k0", options={"k": 0}),
+            S("count", options={"k": 5, "count": torch.tensor([4, 63, 0])}, A=3, N=63),
+            S("N1000_W64_k50", options={"k": 50}, B=3, N=1000, W=64),
+            S("N1000_W33_Q70", options={"k": 10}, B=70, N=1000, W=33),
+            S("exact_hits", _query_of_keys, {"k": 12}, A=2, B=3),
+        ),
+        ("query", "keys"),
+        lambda s: s.W,
+        lambda s: s.W + s.A * s.B,
+    ),
+    Case(
+        "knn_lookup",
+        {"query": "A Q D", "keys": "A N D", "values": "A N V"},
+        _knn_lookup,
+        (
+            S("small", options={"k": 3, "delta": 0.1}, A=2),
+            S("softmax_cosine", options={"k": 3, "kernel": "softmax", "delta": 0.5, "metric": "cosine"}, B=9),
+            S("uniform_ip", options={"k": 3, "kernel": "uniform", "metric": "ip"}, A=2, B=5),
+            S("softmax_ip", options={"k": 4, "kernel": "softmax", "delta": 2.0, "metric": "ip"}, B=5),
+            S("shared_query", _one_query_for_all, {"k": 4, "delta": 0.1}, A=3, B=3, V=1),
+            S("k_of_few_rows", options={"k": 30, "delta": 0.1}, A=2, N=7),
+            S("k0", options={"k": 0}),
+            S("count", options={"k": 5, "delta": 0.1, "count": torch.tensor([4, 63, 0])}, A=3, N=63),
+            S("N1000_W64_k50", options={"k": 50}, B=3, N=1000, W=64, V=1),
+            S("N1000_W33_Q70", options={"k": 10, "delta": 0.1}, B=70, N=1000, W=33, V=20),
+            S("exact_hits", _query_of_keys, {"k": 12, "delta": 0.1}, A=2, B=3),
+        ),
+        ("query", "keys", "values"),
+        lambda s: s.W + s.V,
+        lambda s: s.W + s.V + s.A * s.B,
     ),
 )
 

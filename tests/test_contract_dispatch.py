@@ -142,7 +142,7 @@ def test_export(case, sample, two_backends):
     s = sized(case, sample, 3, 7, 4)
     x = {k: v for k, v in case.inputs(s, torch.float32).items() if v is not None}
     auto, fixed = torch.export.Dim.AUTO, torch.export.Dim.STATIC
-    dynamic = {k: {i: auto if symbol in ("B", "N") else fixed for i, symbol in enumerate(case.shapes[k].split())} for k in x}
+    dynamic = {k: {i: auto if symbol in ("B", "N", "Q") else fixed for i, symbol in enumerate(case.shapes[k].split())} for k in x}
     program = torch.export.export(Module(case, s.options), (x,), dynamic_shapes=({**dynamic},))
     kernels = {n.target.name() for n in program.graph.nodes if getattr(n.target, "namespace", "") == "memcore"}
     assert kernels == (set() if two_backends == "reference" else {f"memcore::{case.name}_fwd"})

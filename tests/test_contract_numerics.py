@@ -49,7 +49,7 @@ def test_gradients(case, sample, dtype, backend):
             assert torch.equal(x[k], v), f"{k} was written to"
 
 
-@pytest.mark.parametrize("case, sample", [p for p in DIFFERENTIABLE_FIRSTS if p.values[0].name in ("lrua_write", "split_interface", "ntm_step")])
+@pytest.mark.parametrize("case, sample", [p for p in DIFFERENTIABLE_FIRSTS if p.values[0].name in ("lrua_write", "split_interface", "ntm_step", "knn_lookup")])
 def test_gradient_of_one_output_alone(case, sample, backend):
     """The other outputs' gradients arrive as None."""
     x = case.inputs(sample, torch.float32)
@@ -92,6 +92,7 @@ SMOOTH = [
         "interpolate-small", "circular_shift-small", "circular_shift-N3_S7", "sharpen-small", "ntm_addressing-small",
         "read-small", "read-shared_N100_W63_H3", "erase_add_write-small", "usage_update-small", "lrua_write-small", "lrua_write-add",
         "lrua_write-keep", "split_interface-r1_w1", "ntm_step-small", "ntm_step-read_first", "ntm_step-no_read_heads",
+        "knn_search-small", "knn_search-flat_cosine", "knn_search-ip", "knn_lookup-small", "knn_lookup-softmax_cosine", "knn_lookup-uniform_ip",
     }
 ]  # fmt: skip
 

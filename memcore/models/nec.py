@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ._dictionary import DND
+from ..stores import DND
 from ._recurrent import one_of
 
 __all__ = ["NEC", "NECOutput", "QNetwork", "make_encoder"]

@@ -1,7 +1,5 @@
 """Atomic, checksummed checkpoints in one safetensors file: model, optimizer, random generators, metadata. No pickle."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._extras import require
+from .._sealed import atomic_write, read_sealed, write_sealed
 
 __all__ = ["Checkpoint", "CheckpointError", "atomic_write", "load_checkpoint", "save_checkpoint"]
 
@@ -67,40 +65,6 @@ class Checkpoint(NamedTuple):
             torch.set_rng_state(self.generators["global"])
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash, finds the old file or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _bytes(t: Tensor) -> bytes:
-    return t.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
-    h = hashlib.sha256(meta.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        h.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(_bytes(t))
-    return h.hexdigest()
-
-
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -126,7 +90,6 @@ def save_checkpoint(
         OSError: the file cannot be written; the old one is left as it was.
         ImportError: safetensors is not installed.
     """
-    safetensors = require("safetensors.torch", extra="train")
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
     tensors.update({f"extra/{k}": v for k, v in (extra or {}).items()})
     record: dict[str, Any] = {"meta": dict(meta or {}), "optimizer": None}
@@ -144,11 +107,7 @@ def save_checkpoint(
     if generator is not None:
         tensors["generator/data"] = generator.get_state()
         tensors["generator/global"] = torch.get_rng_state()
-    # clones: tied weights share storage, which the format refuses
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    text = json.dumps(record)
-    header = {"format": _FORMAT, "record": text, "sha256": _digest(tensors, text)}
-    atomic_write(path, safetensors.save(tensors, metadata=header))
+    write_sealed(path, _FORMAT, tensors, record)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -158,29 +117,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: there is no such file, it is damaged or truncated, or memcore did not write it.
         ImportError: safetensors is not installed.
     """
-    safetensors = require("safetensors.torch", extra="train")
     path = Path(path)
 
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"memcore.load_checkpoint: {str(path)!r} must be a memcore checkpoint, got {what}")
 
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise refuse("no such file") from None
-    except OSError as e:
-        raise refuse(f"a file that cannot be read ({e.strerror})") from e
-    try:
-        tensors = safetensors.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-    except Exception as e:  # the reader's own error type, and whatever a damaged header provokes
-        raise refuse(f"a damaged or truncated file, or one of another kind ({e})") from e
-    if header.get("format") != _FORMAT:
-        raise refuse(f"a safetensors file of format {header.get('format')!r}, expected {_FORMAT!r}")
-    text = header.get("record", "")
-    if header.get("sha256") != _digest(tensors, text):
-        raise refuse("a damaged file: its checksum does not match its content")
-    record = json.loads(text)
+    tensors, record = read_sealed(path, _FORMAT, refuse)
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}, "extra": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")

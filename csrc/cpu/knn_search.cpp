@@ -1,0 +1,169 @@
+#include "knn_search.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "knn_glue.h"
+
+namespace memcore {
+namespace {
+
+constexpr int64_t kChunk = 480, kWave = 64 << 20;  // queries of a job; bytes of scratch at a time
+
+int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+void run(KnnArgs& a) {
+  if (a.A * a.Q * a.k == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  a.chunks = up(a.Q, kChunk), a.chunk = up(a.Q, a.chunks);
+  const int64_t jobs = a.A * a.chunks;
+  a.shards = 1;
+  if (jobs < 2 * threads) {
+    a.shards = up(2 * threads, jobs);
+    const int64_t most = a.N * a.D * (a.chunk < 8 ? a.chunk : a.chunk / 4 + 6) / 500000;  // a shard is worth a thread's while
+    a.shards = threads == 1 || most < 2 ? 1 : a.shards < most ? a.shards : most;
+  }
+  a.keep = a.k + (a.k > 128 ? a.k / 4 : 32);
+  a.capacity = 2 * a.keep + 128;
+  a.lanes = MC_PICK(knn_lanes)(a);
+  a.scratch_size = MC_PICK(knn_scratch)(a);
+  const int64_t wave = jobs * a.scratch_size <= kWave ? jobs : a.scratch_size < kWave ? kWave / a.scratch_size : 1;
+  const std::unique_ptr<char[]> scratch(new char[(size_t)(wave * a.scratch_size) + 64]);
+  a.scratch = (char*)(((uintptr_t)scratch.get() + 63) / 64 * 64);
+  auto *prepare = MC_PICK(knn_prepare), *scan = MC_PICK(knn_scan), *finish = MC_PICK(knn_finish);
+  for (a.first = 0; a.first < jobs; a.first += wave) {
+    const int64_t last = a.first + wave < jobs ? a.first + wave : jobs;
+    const auto each = [&](int64_t per, int64_t cost, void (*f)(const KnnArgs&, int64_t, int64_t)) {
+      parallel((last - a.first) * per, cost, [&](int64_t b, int64_t e) { f(a, a.first * per + b, a.first * per + e); });
+    };
+    each(1, a.chunk * a.D, prepare);
+    each(a.shards, a.chunk * (a.N / a.shards) * a.D, scan);
+    each(a.chunk, 4 * a.keep * (a.D + 16), finish);
+  }
+}
+
+Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), torch::headeronly::ScalarType::Long);
+}
+
+std::vector<int64_t> result_shape(const Tensor& query, const Tensor& keys, int64_t k) {
+  std::vector<int64_t> shape;
+  if (keys.dim() == 3) shape.push_back(keys.size(0));
+  shape.push_back(query.size(query.dim() - 2)), shape.push_back(k);
+  return shape;
+}
+
+}  // namespace
+
+Found knn_find(const Tensor& query, const Tensor& keys, const OptionalTensor& count, const OptionalTensor& norms, const OptionalTensor&,
+               const OptionalTensor&, int64_t k, int64_t metric) {
+  KnnArgs a{};
+  a.dtype = dtype_of(keys), a.metric = (int)metric, a.k = k;
+  a.A = keys.dim() == 3 ? keys.size(0) : 1, a.N = keys.size(keys.dim() - 2), a.D = keys.size(keys.dim() - 1);
+  a.Q = query.size(query.dim() - 2), a.query_stride = query.dim() == 3 ? a.Q * a.D : 0;
+  if (a.N >= (int64_t)1 << 32) fail("memcore: kNN kernels take dictionaries of up to 2^32 - 1 rows");
+  const OptionalTensor rows = dense(count), squares = dense(norms);
+  a.query = in(query), a.keys = in(keys), a.count = (const int64_t*)in(rows), a.norms = in(squares);
+  const std::vector<int64_t> shape = result_shape(query, keys, k);
+  const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.data(), shape.size());
+  const auto type = a.dtype == DType::f64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  Found found{integers(keys, shape), torch::stable::new_empty(keys, sizes, type)};
+  a.indices = (int64_t*)out(found.indices), a.distances = out(found.distances);
+  run(a);
+  return found;
+}
+
+KnnRead knn_reading(const Tensor& query, const Tensor& keys, const Tensor& indices, int64_t metric) {
+  KnnRead a{};
+  a.dtype = dtype_of(keys), a.metric = (int)metric, a.kernel = kSearchAlone, a.k = indices.size(indices.dim() - 1);
+  a.A = keys.dim() == 3 ? keys.size(0) : 1, a.N = keys.size(keys.dim() - 2), a.D = keys.size(keys.dim() - 1);
+  a.Q = query.size(query.dim() - 2), a.query_stride = query.dim() == 3 ? a.Q * a.D : 0;
+  a.query = in(query), a.keys = in(keys), a.indices = (const int64_t*)in(indices);
+  return a;
+}
+
+Rows::Rows(const KnnRead& a) {
+  const int64_t per = a.Q * a.k;
+  std::vector<std::pair<int64_t, int64_t>> used;
+  used.reserve((size_t)(a.A * per));
+  for (int64_t i = 0; i < a.A * per; i++)
+    if (a.indices[i] >= 0) used.emplace_back(i / per * a.N + a.indices[i], i);
+  std::sort(used.begin(), used.end());
+  for (const auto& [row, place] : used) {
+    if (targets.empty() || targets.back() != row) targets.push_back(row), starts.push_back((int64_t)places.size());
+    places.push_back(place);
+  }
+  starts.push_back((int64_t)places.size());
+}
+
+Tensor Rows::indices(const Tensor& keys) const {
+  const int64_t U = size(), N = keys.size(keys.dim() - 2), dims = keys.dim() - 1;
+  Tensor found = integers(keys, {dims, U});
+  int64_t* to = (int64_t*)out(found);
+  for (int64_t u = 0; u < U; u++) {
+    if (dims == 2) to[u] = targets[(size_t)u] / N;
+    to[(dims - 1) * U + u] = targets[(size_t)u] % N;
+  }
+  return found;
+}
+
+Gradients knn_gradients(KnnRead& a, const Tensor& query, const Tensor& keys, const OptionalTensor& values, bool sparse) {
+  const Rows used(a);
+  const int64_t U = used.size(), pairs = a.A * a.Q * a.k;
+  const auto gradient = [&](const Tensor& t, int64_t width) { return sparse ? make(t, {U, width}) : torch::stable::new_zeros(t, t.sizes()); };
+  Gradients found{make_like(query), sparse ? used.indices(keys) : integers(keys, {0}), gradient(keys, a.D), values ? gradient(*values, a.V) : make(keys, {0})};
+  const std::unique_ptr<double[]> scratch(new double[(size_t)(3 * pairs + 1)]);
+  a.to_query = scratch.get(), a.to_key = scratch.get() + pairs, a.weight = scratch.get() + 2 * pairs;
+  a.starts = used.starts.data(), a.places = used.places.data(), a.targets = sparse ? nullptr : used.targets.data();
+  a.dquery = out(found.dquery), a.dkeys = out(found.dkeys), a.dvalues = out(found.dvalues);
+  auto *slopes = MC_PICK(knn_slopes), *scatter = MC_PICK(knn_scatter);
+  parallel(a.query_stride ? a.A * a.Q : a.Q, (a.query_stride ? 1 : a.A) * a.k * (4 * a.D + 2 * a.V + 16), [&](int64_t b, int64_t e) { slopes(a, b, e); });
+  parallel(U, (a.D + a.V) * (pairs / (U + 1) + 1), [&](int64_t b, int64_t e) { scatter(a, b, e); });
+  return found;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> knn_search_fwd(Tensor query, Tensor keys, OptionalTensor count, OptionalTensor norms, OptionalTensor mirror,
+                                                  OptionalTensor rounding, int64_t k, int64_t metric) {
+  query = dense(query), keys = dense(keys);
+  const Found found = knn_find(query, keys, count, norms, mirror, rounding, k, metric);
+  Tensor kept = make_like(found.indices), distances = found.distances;
+  std::copy_n((const int64_t*)in(found.indices), found.indices.numel(), (int64_t*)out(kept));
+  if (distances.scalar_type() != keys.scalar_type()) {
+    KnnRead a = knn_reading(query, keys, found.indices, metric);
+    distances = torch::stable::new_empty(keys, found.indices.sizes());
+    a.found = in(found.distances), a.distances = out(distances);
+    auto* kernel = MC_PICK(knn_round);
+    parallel(a.A * a.Q, a.k, [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  }
+  return {distances, found.indices, kept};
+}
+
+Gradients gradients(const OptionalTensor& grad, Tensor indices, Tensor query, Tensor keys, int64_t metric, bool sparse) {
+  query = dense(query), keys = dense(keys), indices = dense(indices);
+  const OptionalTensor g = dense(grad);
+  KnnRead a = knn_reading(query, keys, indices, metric);
+  a.grad_distances = in(g);
+  return knn_gradients(a, query, keys, std::nullopt, sparse);
+}
+
+std::tuple<Tensor, Tensor> knn_search_bwd(OptionalTensor grad, OptionalTensor, Tensor indices, Tensor query, Tensor keys, OptionalTensor, OptionalTensor,
+                                          OptionalTensor, OptionalTensor, int64_t, int64_t metric) {
+  const Gradients found = gradients(grad, indices, query, keys, metric, false);
+  return {found.dquery, found.dkeys};
+}
+
+std::tuple<Tensor, Tensor, Tensor> knn_search_rows(OptionalTensor grad, Tensor indices, Tensor query, Tensor keys, int64_t metric) {
+  const Gradients found = gradients(grad, indices, query, keys, metric, true);
+  return {found.dquery, found.rows, found.dkeys};
+}
+
+}  // namespace
+}  // namespace memcore
+
+STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) {
+  m.impl("knn_search_fwd", TORCH_BOX(&memcore::knn_search_fwd));
+  m.impl("knn_search_bwd", TORCH_BOX(&memcore::knn_search_bwd));
+  m.impl("knn_search_rows", TORCH_BOX(&memcore::knn_search_rows));
+}

@@ -1,0 +1,200 @@
+// memcore._store: the slot table of memcore.DND. A module of its own, because pybind11 knows no stable ABI.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "slot_table.h"
+
+namespace py = pybind11;
+using Ints = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+namespace memcore {
+namespace {
+
+template <class T> bool finite(const T* x, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  const Bits exponent = sizeof(T) == 4 ? (Bits)0x7f800000u : (Bits)0x7ff0000000000000u;  // all ones in NaN and Inf
+  Bits bad = 0;
+  for (int64_t i = 0; i < n; i++) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bad |= (bits & exponent) == exponent;
+  }
+  return !bad;
+}
+
+class Table {
+ public:
+  Table(int64_t A, int64_t N) : slots(A, N) {}
+
+  int64_t find(int64_t a, int64_t hash) const { return slots.find(a, (uint64_t)hash); }
+  int64_t size(int64_t a) const { return slots.size(a); }
+  void clear(int64_t a) { slots.clear(a); }
+
+  py::tuple put(const Ints& dictionaries, const Ints& hashes) {
+    const int64_t n = hashes.size();
+    py::array_t<int64_t> to(n);
+    py::array_t<uint8_t> kinds(n);
+    for (int64_t i = 0; i < n; i++) {
+      SlotTable::Kind kind;
+      to.mutable_at(i) = slots.put(checked(dictionaries.at(i)), (uint64_t)hashes.at(i), kind);
+      kinds.mutable_at(i) = (uint8_t)kind;
+    }
+    return py::make_tuple(to, kinds);
+  }
+
+  py::tuple remove(int64_t a, int64_t hash) {
+    int64_t moved = -1;
+    const int64_t slot = slots.remove(checked(a), (uint64_t)hash, moved);
+    return py::make_tuple(slot, moved);
+  }
+
+  py::array_t<int64_t> order(int64_t a) const {
+    py::array_t<int64_t> to(slots.size(a));
+    slots.order(a, to.mutable_data());
+    return to;
+  }
+
+  py::array_t<int64_t> hashes(int64_t a) const {
+    py::array_t<int64_t> to(slots.size(a));
+    for (int64_t s = 0; s < to.size(); s++) to.mutable_at(s) = (int64_t)slots.hash_of(a, s);
+    return to;
+  }
+
+  void oldest(int64_t a, const Ints& which) { slots.oldest(a, which.data(), which.size()); }
+
+  void touch(int64_t a, const Ints& which) { touch_at(a, (uintptr_t)which.data(), 1, 1, which.size()); }
+
+  // indices [A,Q,K] of int64 at an address: queries in their order, of one query the nearest last; -1 is skipped.
+  void touch_at(int64_t first, uintptr_t address, int64_t A, int64_t Q, int64_t K) {
+    const int64_t* at = (const int64_t*)address;
+    for (int64_t a = 0; a < A; a++)
+      for (int64_t q = 0; q < Q; q++, at += K)
+        for (int64_t k = K - 1; k >= 0; k--)
+          if (at[k] >= 0 && at[k] < slots.size(first + a)) slots.touch(first + a, at[k]);
+  }
+
+  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's state. Addresses may be 0.
+  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding,
+            const py::sequence& cleared) {
+    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, {}};
+    for (const auto& item : cleared) {
+      const auto pair = item.cast<std::pair<uintptr_t, int64_t>>();
+      rings.cleared.push_back({(char*)pair.first, pair.second});
+    }
+  }
+
+  // n entries at addresses into the rings at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
+  // slot and kind. Returns how many were updated, appended, had replaced others, and were rejected.
+  py::tuple write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
+                  int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
+    if (!rings.head) throw std::logic_error("memcore._store: write before bind");
+    int64_t counts[4] = {0, 0, 0, 0};
+    const auto all = [&](auto* keys_at, auto* values_at) {
+      using T = std::remove_pointer_t<decltype(keys_at)>;
+      write_all(keys_at, values_at, (const T*)keys, (const T*)values, (const int64_t*)hashes, (const int64_t*)dictionaries, dictionary, n,
+                alpha, (int64_t*)to, counts);
+    };
+    if (rings.element == 4) all((float*)ring_keys, (float*)ring_values);
+    else all((double*)ring_keys, (double*)ring_values);
+    return py::make_tuple(counts[0], counts[1], counts[2], counts[3]);
+  }
+
+ private:
+  int64_t checked(int64_t a) const {
+    if (a < 0 || a >= slots.A) throw std::out_of_range("memcore._store: dictionary " + std::to_string(a) + " of " + std::to_string(slots.A));
+    return a;
+  }
+
+  void publish(int64_t by) { ((std::atomic<int64_t>*)rings.head)->fetch_add(by, std::memory_order_acq_rel); }
+
+  template <class T>
+  void write_all(T* ring_keys, T* ring_values, const T* keys, const T* values, const int64_t* hashes, const int64_t* dictionaries, int64_t a,
+                 int64_t n, double alpha, int64_t* to, int64_t* counts) {
+    const int64_t D = rings.D, V = rings.V, N = slots.N;
+    for (int64_t i = 0; i < (dictionaries ? n : 1); i++) checked(dictionaries ? dictionaries[i] : a);
+    publish(1);
+    for (int64_t i = 0; i < n; i++, keys += D, values += V) {
+      if (dictionaries) a = dictionaries[i];
+      if (!finite(keys, D) || !finite(values, V)) {
+        counts[REJECTED]++;
+        if (to) to[2 * i] = -1, to[2 * i + 1] = REJECTED;
+        continue;
+      }
+      SlotTable::Kind kind;
+      const int64_t slot = slots.put(a, hashes ? (uint64_t)hashes[i] : hash_bytes(keys, D * (int64_t)sizeof(T)), kind);
+      const int64_t row = a * N + slot;
+      counts[kind]++;
+      if (to) to[2 * i] = slot, to[2 * i + 1] = kind;
+      set_key(ring_keys + row * D, keys, a, row);
+      T* v = ring_values + row * V;
+      if (kind == SlotTable::UPDATED) {
+        for (int64_t j = 0; j < V; j++) v[j] = (T)((1 - alpha) * v[j] + alpha * values[j]);  // this form cannot overflow
+        continue;
+      }
+      std::memmove(v, values, (size_t)V * sizeof(T));
+      for (const auto& c : rings.cleared) std::memset(c.data + row * c.row, 0, (size_t)c.row);
+      if (kind == SlotTable::APPENDED) rings.head[1 + a] = slots.size(a);
+    }
+    publish(1);
+  }
+
+  template <class T> void set_key(T* to, const T* key, int64_t a, int64_t row) {
+    const int64_t D = rings.D;
+    std::memmove(to, key, (size_t)D * sizeof(T));
+    double sums[4] = {0, 0, 0, 0};
+    for (int64_t d = 0; d < D; d++) sums[d & 3] += (double)key[d] * key[d];
+    const double norm = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    ((T*)rings.norms)[row] = (T)norm;
+    if constexpr (sizeof(T) == 4) {
+      if (!rings.mirror) return;
+      double lost = 0;
+      for (int64_t d = 0; d < D; d++) {
+        uint32_t bits;
+        std::memcpy(&bits, key + d, 4);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;  // to nearest, ties to even
+        rings.mirror[row * D + d] = (uint16_t)(rounded >> 16);
+        float copy;
+        std::memcpy(&copy, &rounded, 4);
+        lost += ((double)copy - key[d]) * ((double)copy - key[d]);
+      }
+      const double ratio = std::sqrt(lost / norm) * 1.001;  // as knn_cache has it: rounded up; no number, no claim
+      if (std::isfinite(ratio) && ratio > rings.rounding[a]) rings.rounding[a] = (float)ratio;
+    }
+  }
+
+  static constexpr int REJECTED = 3;
+  SlotTable slots;
+  Rings rings;
+};
+
+}  // namespace
+}  // namespace memcore
+
+PYBIND11_MODULE(_store, m) {
+  using memcore::Table;
+  m.def("hash_rows", [](uintptr_t data, int64_t rows, int64_t size) {
+    py::array_t<int64_t> to(rows);
+    for (int64_t i = 0; i < rows; i++) to.mutable_at(i) = (int64_t)memcore::hash_bytes((const char*)data + i * size, size);
+    return to;
+  });
+  py::class_<Table>(m, "SlotTable")
+      .def(py::init<int64_t, int64_t>())
+      .def("find", &Table::find)
+      .def("size", &Table::size)
+      .def("clear", &Table::clear)
+      .def("put", &Table::put)
+      .def("remove", &Table::remove)
+      .def("order", &Table::order)
+      .def("hashes", &Table::hashes)
+      .def("oldest", &Table::oldest)
+      .def("touch", &Table::touch)
+      .def("touch_at", &Table::touch_at)
+      .def("bind", &Table::bind)
+      .def("write", &Table::write);
+}

@@ -1,0 +1,186 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace memcore {
+
+// A 64-bit hash of `size` bytes. Both steps of a word are one-to-one, so keys that differ in one word never collide.
+inline uint64_t hash_bytes(const void* data, int64_t size) {
+  uint64_t h = 0x243f6a8885a308d3u ^ (uint64_t)size;
+  const char* p = (const char*)data;
+  for (; size > 0; p += 8, size -= 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, p, size < 8 ? (size_t)size : 8);
+    h = (h ^ word) * 0x9e3779b97f4a7c15u;
+    h ^= h >> 32;
+  }
+  h = (h ^ (h >> 31)) * 0xd6e8feb86659fd93u;
+  return h ^ (h >> 32);
+}
+
+template <class T> struct Array {  // zeros that the system hands out page by page
+  explicit Array(int64_t n) : p((T*)std::calloc((size_t)(n ? n : 1), sizeof(T)), std::free) {
+    if (!p) throw std::bad_alloc();
+  }
+  T& operator[](int64_t i) const { return p.get()[i]; }
+  std::unique_ptr<T, void (*)(void*)> p;
+};
+
+// Where the entries of A dictionaries of N slots are: hash -> slot, and the slots in the order of their last use. Slots 0..count-1
+// of a dictionary are taken: removing one moves the last one into it.
+class SlotTable {
+ public:
+  enum Kind { UPDATED, APPENDED, REPLACED };
+
+  SlotTable(int64_t A, int64_t N)
+      : A(A), N(N), shift(64), buckets(2), count(A), hash(A * N), before(A * (N + 1)), after(A * (N + 1)), index(size_index(A)) {
+    for (int64_t a = 0; a < A; a++) set_prev(a, N, N), set_next(a, N, N);
+  }
+
+  const int64_t A, N;
+
+  int64_t size(int64_t a) const { return count[a]; }
+  uint64_t hash_of(int64_t a, int64_t slot) const { return hash[a * N + slot]; }
+
+  int64_t find(int64_t a, uint64_t h) const {
+    const int32_t* t = &index[a * buckets];
+    for (int64_t i = home(h);; i = (i + 1) & (buckets - 1)) {
+      if (t[i] == 0) return -1;
+      if (hash[a * N + t[i] - 1] == h) return t[i] - 1;
+    }
+  }
+
+  // The slot of `h`, which becomes the latest used: its own, a free one, or that of the entry used least recently.
+  int64_t put(int64_t a, uint64_t h, Kind& kind) {
+    int64_t slot = find(a, h);
+    if (slot >= 0) {
+      kind = UPDATED;
+      touch(a, slot);
+      return slot;
+    }
+    if (count[a] < N) {
+      kind = APPENDED;
+      slot = count[a]++;
+      link(a, slot);
+    } else {
+      kind = REPLACED;
+      slot = next(a, N);
+      unindex(a, slot);
+      touch(a, slot);
+    }
+    hash[a * N + slot] = h;
+    enter(a, slot);
+    return slot;
+  }
+
+  void touch(int64_t a, int64_t slot) {
+    if (before[a * (N + 1) + N] == slot) return;
+    unlink(a, slot);
+    link(a, slot);
+  }
+
+  // Frees the slot of `h` (-1: not there); the entry of slot `moved`, the last one, must be moved into it.
+  int64_t remove(int64_t a, uint64_t h, int64_t& moved) {
+    const int64_t slot = find(a, h);
+    if (slot < 0) return -1;
+    unindex(a, slot);
+    unlink(a, slot);
+    moved = --count[a];
+    if (moved != slot) {
+      unindex(a, moved);
+      hash[a * N + slot] = hash[a * N + moved];
+      enter(a, slot);
+      const int64_t p = prev(a, moved), n = next(a, moved);  // takes its place in the order of use, too
+      set_prev(a, slot, p), set_next(a, slot, n), set_next(a, p, slot), set_prev(a, n, slot);
+    }
+    return slot;
+  }
+
+  void clear(int64_t a) {
+    count[a] = 0;
+    std::memset(&index[a * buckets], 0, sizeof(int32_t) * (size_t)buckets);
+    set_prev(a, N, N), set_next(a, N, N);
+  }
+
+  // Slots from the least to the most recently used.
+  void order(int64_t a, int64_t* out) const {
+    for (int64_t s = next(a, N); s != N; s = next(a, s)) *out++ = s;
+  }
+
+  // These slots, in this order, become the least recently used.
+  void oldest(int64_t a, const int64_t* slots, int64_t n) {
+    for (int64_t i = n - 1; i >= 0; i--) {
+      unlink(a, slots[i]);
+      const int64_t first = next(a, N);
+      set_prev(a, slots[i], N), set_next(a, slots[i], first), set_next(a, N, slots[i]), set_prev(a, first, slots[i]);
+    }
+  }
+
+ private:
+  // The list of a dictionary is a ring through node N.
+  int64_t prev(int64_t a, int64_t s) const { return before[a * (N + 1) + s]; }
+  int64_t next(int64_t a, int64_t s) const { return after[a * (N + 1) + s]; }
+  void set_prev(int64_t a, int64_t s, int64_t to) { before[a * (N + 1) + s] = (int32_t)to; }
+  void set_next(int64_t a, int64_t s, int64_t to) { after[a * (N + 1) + s] = (int32_t)to; }
+  void unlink(int64_t a, int64_t s) {
+    const int64_t p = prev(a, s), n = next(a, s);
+    set_next(a, p, n), set_prev(a, n, p);
+  }
+  void link(int64_t a, int64_t s) {
+    const int64_t p = prev(a, N);
+    set_prev(a, s, p), set_next(a, s, N), set_next(a, p, s), set_prev(a, N, s);
+  }
+
+  // Linear probing at most half full; a removal closes its gap, so that there are no tombstones.
+  int64_t size_index(int64_t dictionaries) {
+    while (buckets < 2 * N) buckets *= 2;
+    for (int64_t b = buckets; b > 1; b /= 2) shift--;
+    return dictionaries * buckets;
+  }
+  int64_t home(uint64_t h) const { return (int64_t)((h * 0x9e3779b97f4a7c15u) >> shift); }
+  void enter(int64_t a, int64_t slot) {
+    int32_t* t = &index[a * buckets];
+    int64_t i = home(hash[a * N + slot]);
+    while (t[i] != 0) i = (i + 1) & (buckets - 1);
+    t[i] = (int32_t)(slot + 1);
+  }
+  void unindex(int64_t a, int64_t slot) {
+    int32_t* t = &index[a * buckets];
+    const int64_t mask = buckets - 1;
+    int64_t gap = home(hash[a * N + slot]);
+    while (t[gap] != slot + 1) gap = (gap + 1) & mask;
+    for (int64_t i = (gap + 1) & mask; t[i] != 0; i = (i + 1) & mask) {
+      const int64_t want = home(hash[a * N + t[i] - 1]);
+      if (((i - want) & mask) >= ((i - gap) & mask)) t[gap] = t[i], gap = i;
+    }
+    t[gap] = 0;
+  }
+
+  int shift;
+  int64_t buckets;
+  std::vector<int64_t> count;
+  Array<uint64_t> hash;
+  Array<int32_t> before, after, index;
+};
+
+// What is in host memory beside a table's keys and values, row by row, and is written with them.
+struct Rings {
+  int64_t D = 0, V = 0, element = 4;
+  int64_t* head = nullptr;  // an epoch, odd while rows change, then the counts
+  char* norms = nullptr;
+  uint16_t* mirror = nullptr;
+  float* rounding = nullptr;
+  struct Cleared {
+    char* data;
+    int64_t row;
+  };
+  std::vector<Cleared> cleared;  // set to zero with a new entry
+};
+
+}  // namespace memcore

@@ -1,0 +1,855 @@
+"""The differentiable neural dictionary (Pritzel et al. 2017): a store that is searched exactly, written in place, and trained."""
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..functional import KnnCache, KnnLookup, knn_lookup, knn_search
+from . import _files, _table
+from ._optimizers import OPTIMIZERS, RowOptimizer, as_optimizer
+from ._rings import Rings, drop_rows, used_rows
+
+__all__ = ["DND", "Stats"]
+
+_DTYPES = (torch.float32, torch.float64)
+_PATIENCE = 100  # lookups tried again because of a writer
+_LARGEST = 2**31 - 2
+_forks = 0
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+class Stats(NamedTuple):
+    """Counts since the store was made, but for the first two."""
+
+    entries: tuple[int, ...]
+    """Of each dictionary, now."""
+    bytes: int
+    """Of all tensors, now."""
+    appended: int
+    updated: int
+    replaced: int
+    """Writes that took the slot of the entry used least recently."""
+    deleted: int
+    rejected: int
+    """Writes of a key or value with NaN or Inf, which are not stored."""
+    rows_trained: int
+    rows_refused: int
+    """Optimizer steps of a row that would have made it NaN or Inf."""
+
+
+class DND:
+    """Dictionaries from keys to values whose read is the weighted mean of the nearest entries' values.
+
+    read(h) = sum_i w_i v_i over the `neighbours` nearest keys h_i of h, w_i = k(h, h_i) / sum_j k(h, h_j), as `knn_lookup` has it. The A
+    dictionaries lie in preallocated rings and are searched in one call. New entries are found at once; there is no index to rebuild.
+
+    An entry is what has one 64-bit hash. A written entry that is there already becomes v + alpha (v_new - v) and takes the new key; one that
+    is not there takes a free slot or, in a full dictionary, that of the entry used least recently: written, or returned as a neighbour (of
+    one lookup the nearest counts as used last).
+
+    A store is no module and its tensors are no buffers: see docs/dnd.md. One thread writes at a time; any number may look up. Other
+    processes get a DND that can only look up when they are started by spawn with this one as an argument; those it returns as neighbours do not
+    count as used unless their indices are passed to `touch` here.
+
+    Args:
+        dictionaries: A, one for each action in NEC.
+        capacity: N, entries each can hold, >= 1.
+        key_width: D.
+        value_width: V, 1 in NEC.
+        neighbours: K of `lookup`, >= 0 (NEC: 50).
+        kernel, delta, metric: of `knn_lookup`.
+        alpha: 0..1, how far an entry met again moves to its new value.
+        optimizer: "adam", "rmsprop" or "sgd", or a `memcore.stores.Adam(...)` and so on; None without training.
+        grad_keys: whether keys get gradients.
+        bf16: keep a bfloat16 copy of float32 keys, which the search reads instead. Neighbours are still exact.
+        dtype: float32 or float64.
+        device: of the tensors. Hashes and the order of use are kept on the host: with a GPU, pass `hashes` that lie there.
+        searcher: finds candidates; None compares with every key.
+
+    Attributes:
+        keys [A, N, D], values [A, N, V]: leaves; after a backward their `.grad` holds the rows used, until `step`. Only rows before `counts` hold
+        entries. Change them through `write` and `step` alone.
+
+    Raises:
+        ValueError: a size or setting out of range. TypeError: of another type.
+
+    Example:
+        >>> import torch, memcore
+        >>> store = memcore.DND(2, 1000, 3, neighbours=2)
+        >>> store.write(torch.eye(3), torch.tensor([1.0, 2.0, 3.0]), dictionary=1)
+        >>> store.lookup(torch.eye(3)[:1]).output.shape  # [A, Q, V]
+        torch.Size([2, 1, 1])
+    """
+
+    def __init__(
+        self,
+        dictionaries: int,
+        capacity: int,
+        key_width: int,
+        value_width: int = 1,
+        *,
+        neighbours: int = 50,
+        kernel: str = "inverse_distance",
+        delta: float = 1e-3,
+        metric: str = "l2",
+        alpha: float = 0.1,
+        optimizer: str | RowOptimizer | None = "adam",
+        grad_keys: bool = True,
+        bf16: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        searcher: Any = None,
+    ) -> None:
+        sizes = {"dictionaries": dictionaries, "capacity": capacity, "key_width": key_width, "value_width": value_width}
+        for name, size in sizes.items():
+            _checks.whole("DND", name, size, 1)
+            if size > _LARGEST:
+                raise ValueError(f"memcore.DND: {name!r} must be at most {_LARGEST}, got {size}")
+        _checks.whole("DND", "neighbours", neighbours, 0)
+        _checks.finite_number("DND", "alpha", alpha)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"memcore.DND: 'alpha' must be between 0 and 1, got {alpha}")
+        if dtype not in _DTYPES:
+            raise TypeError(f"memcore.DND: 'dtype' must be torch.float32 or torch.float64, got {dtype}")
+        if bf16 and dtype != torch.float32:
+            raise TypeError(f"memcore.DND: 'dtype' must be torch.float32 with bf16, got {dtype}")
+        self.dictionaries, self.capacity, self.key_width, self.value_width = dictionaries, capacity, key_width, value_width
+        self.neighbours, self.kernel, self.delta, self.metric, self.alpha = neighbours, kernel, delta, metric, alpha
+        self.optimizer = None if optimizer is None else as_optimizer("DND", optimizer)
+        self.grad_keys, self.bf16, self.dtype, self.device = bool(grad_keys), bool(bf16), dtype, torch.device(device)
+        self._rings = Rings(
+            dictionaries, capacity, key_width, value_width, self.optimizer, grad_keys=self.grad_keys, bf16=bf16, dtype=dtype, device=self.device
+        )
+        none = torch.zeros(0, 1)
+        knn_lookup(none, none, none, 0, kernel=kernel, delta=delta, metric=metric)  # judges these three
+        self._table = _table.new_table(dictionaries, capacity)
+        self._direct = self.device.type == "cpu" and hasattr(self._table, "write")
+        self._counts = dict.fromkeys(("appended", "updated", "replaced", "deleted", "rejected", "rows_trained"), 0)
+        self._refused = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._clock = 0
+        self._log: Any = None
+        self._start()
+        self.searcher = searcher
+        if searcher is not None:
+            searcher.attach(self)
+
+    def _start(self) -> None:
+        self._lock, self._fork = threading.RLock(), _forks
+        self.keys, self.values = self._rings.keys, self._rings.values
+        self._bind()
+
+    def _bind(self) -> None:
+        """Tell the table where the rows are."""
+        if not self._direct:
+            return
+        r = self._rings
+        self._bound = [t for t in (r.head, r.norms, r.mirror, r.rounding, *r.state_tensors().values()) if t is not None]
+        cleared = [(t.data_ptr(), t.shape[1] * t.element_size()) for t in r.state_tensors().values()]
+        addresses = (0 if t is None else t.data_ptr() for t in (r.head, r.norms, r.mirror, r.rounding))
+        self._table.bind(self.key_width, self.value_width, self.dtype.itemsize, *addresses, cleared)
+
+    def _here(self, op: str, write: bool = True) -> None:
+        if self._fork != _forks:
+            raise RuntimeError(
+                f"memcore.DND.{op}: this store was made before the process forked, and a fork shares its locks and files; "
+                "start the process with spawn: torch.multiprocessing.get_context('spawn')"
+            )
+        if write and self._table is None:
+            raise RuntimeError(f"memcore.DND.{op}: this is a reader of a store that another process writes")
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Entries in all dictionaries."""
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """Entries of each dictionary."""
+        return self._rings.head[1:].tolist()
+
+    def lookup(self, query: Tensor, k: int | None = None, *, dictionary: int | Tensor | None = None, touch: bool = True) -> KnnLookup:
+        """Read at every query.
+
+        Args:
+            query: [Q, D], or [A, Q, D] with queries of its own for each dictionary.
+            k: neighbours, instead of the store's.
+            dictionary: ask this one, or one for each query ([Q] int64), instead of all; query is [Q, D] then.
+            touch: whether the neighbours count as used.
+
+        Returns:
+            KnnLookup(output [A, Q, V], weights [A, Q, K], indices [A, Q, K], distances [A, Q, K]), without A if `dictionary` is given. Indices are
+            slots; without enough entries they are -1 at weight 0, and output is 0 without any. Differentiable in query, keys and values.
+
+        Raises:
+            ValueError: wrong shape, k or dictionary. TypeError: not floating. RuntimeError: another device; a forked process. A backward after a
+            write, delete or step raises RuntimeError, too.
+        """
+        if self._fork != _forks:
+            self._here("lookup", write=False)
+        if not isinstance(query, Tensor) or query.shape[-1:] != (self.key_width,) or query.dim() not in (2, 3):
+            _checks.common("DND.lookup", ("query", query))
+            raise ValueError(
+                f"memcore.DND.lookup: 'query' must have shape (Q, D) or (A, Q, D) with (A, D) = ({self.dictionaries}, {self.key_width}), "
+                f"got {tuple(query.shape)}"
+            )
+        if query.dim() == 3 and (query.shape[0] != self.dictionaries or dictionary is not None):
+            form = "(Q, D) with 'dictionary'" if dictionary is not None else f"(A, Q, D) with A = {self.dictionaries}"
+            raise ValueError(f"memcore.DND.lookup: 'query' must have shape {form}, got {tuple(query.shape)}")
+        if query.dtype != self.dtype and query.is_floating_point():
+            query = query.to(self.dtype)
+        if k is None:
+            k = self.neighbours
+        else:
+            _checks.whole("DND.lookup", "k", k, 0)
+        which = None if dictionary is None else self._which("lookup", dictionary, query.shape[0])
+        rings = self._rings
+        for attempt in range(_PATIENCE):
+            epoch = rings.epoch
+            if epoch % 2 == 0:
+                found = self._find(query, k, which)
+                if rings.epoch == epoch:
+                    break
+            time.sleep(0 if attempt < 10 else 1e-3)
+        else:
+            if self._table is None:
+                raise RuntimeError(f"memcore.DND.lookup: the writer changed the store during each of {_PATIENCE} lookups")
+            with self._lock:
+                epoch, found = rings.epoch, self._find(query, k, which)
+        if found.output.requires_grad:
+            self._watch(found, epoch)
+        if touch and self._table is not None:
+            self._touch(found.indices.detach(), which)
+        return found
+
+    def _watch(self, found: KnnLookup, epoch: int) -> None:
+        def check(_: Tensor) -> None:
+            if self._rings.epoch != epoch:
+                raise RuntimeError(
+                    "memcore.DND.lookup: the store was changed between this lookup and its backward, whose rows may be those of other entries now; "
+                    "write and step after the backward"
+                )
+
+        for t in (found.output, found.weights, found.distances):
+            if t.requires_grad:
+                t.register_hook(check)
+
+    @property
+    def _cache(self) -> KnnCache:
+        r = self._rings
+        return KnnCache(r.norms, r.mirror, r.rounding)
+
+    def _find(self, query: Tensor, k: int, which: Tensor | None) -> KnnLookup:
+        r = self._rings
+        options = {"kernel": self.kernel, "delta": self.delta, "metric": self.metric, "sparse": True}
+        if which is None and self.searcher is None:
+            return knn_lookup(query, r.keys, r.values, k, count=r.count, cache=self._cache, **options)
+        if which is not None:
+            slots = self._slots_of_own(query.detach(), k, which)[:, None]  # [Q, 1, C]
+            owner, query = which.to(self.device), query[:, None]
+        else:
+            slots = self.searcher.candidates(query.detach(), k)  # [A, Q, C]
+            owner = torch.arange(self.dictionaries, device=self.device)
+            query = query if query.dim() == 3 else query.expand(self.dictionaries, *query.shape)
+        if self.searcher is not None:
+            slots = self._nearest(query.detach(), slots, owner, k)
+        found = self._read(query, slots, owner, options)
+        return found if which is None else KnnLookup(*(t.squeeze(1) for t in found))
+
+    def _slots_of_own(self, query: Tensor, k: int, which: Tensor) -> Tensor:
+        """[Q, C] candidates of queries that ask one dictionary each."""
+        r = self._rings
+        A, Q = self.dictionaries, query.shape[0]
+        if self.device.type != "cpu":  # grouping them would wait for the device
+            stacked, place = query, torch.arange(Q, device=self.device)
+        else:
+            order = which.argsort(stable=True)
+            sizes = torch.bincount(which, minlength=A)
+            place = torch.empty_like(order)
+            place[order] = torch.arange(Q) - (sizes.cumsum(0) - sizes)[which[order]]
+            stacked = query.new_full((A, int(sizes.max()) if Q else 0, self.key_width), torch.nan)  # NaN queries search nothing
+            stacked[which, place] = query
+        if self.searcher is not None:
+            found = self.searcher.candidates(stacked, k)
+        else:
+            with torch.no_grad():
+                found = knn_search(stacked, r.keys, k, metric=self.metric, count=r.count, cache=self._cache)[1]
+        return found[which.to(self.device), place]
+
+    def _rows_of(self, slots: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots [P, Q, C] ascending, as the lowest wins ties, those that are none (-1) last; their rows [P * Q, C]; how many there are [P * Q]."""
+        slots = torch.where(slots < 0, self.capacity, slots).sort(-1).values
+        none = slots == self.capacity
+        rows = torch.where(none, -1, owner[:, None, None] * self.capacity + slots)
+        return torch.where(none, -1, slots).flatten(0, 1), rows.flatten(0, 1), (~none).sum(-1).flatten()
+
+    @torch.no_grad()
+    def _nearest(self, query: Tensor, slots: Tensor, owner: Tensor, k: int) -> Tensor:
+        """The k nearest [P, Q, K] of candidates [P, Q, C] by true distance; query [P, Q, D], owner [P] their dictionary."""
+        slots, rows, valid = self._rows_of(slots, owner)
+        keys = self._rings.flat_keys[rows.clamp_min(0)]
+        found = knn_search(query.reshape(-1, 1, self.key_width), keys, k, metric=self.metric, count=valid)[1].squeeze(1)
+        found = torch.where(found < 0, -1, slots.gather(-1, found.clamp_min(0))) if slots.shape[1] else found
+        return found.reshape(*query.shape[:2], k)
+
+    def _read(self, query: Tensor, slots: Tensor, owner: Tensor, options: dict[str, Any]) -> KnnLookup:
+        """The read of these neighbours [P, Q, K]."""
+        P, Q, K = slots.shape
+        slots, rows, valid = self._rows_of(slots, owner)
+        keys, values = _Gather.apply(self.keys, rows), _Gather.apply(self.values, rows)
+        found = knn_lookup(query.reshape(P * Q, 1, -1), keys, values, K, count=valid, **{**options, "sparse": False})
+        at = found.indices.squeeze(1)
+        at = torch.where(at < 0, -1, slots.gather(-1, at.clamp_min(0)))
+        return KnnLookup(*(t.reshape(P, Q, t.shape[-1]) for t in found._replace(indices=at)))
+
+    # Order of use -----------------------------------------------------------------------------------------------------
+
+    def touch(self, indices: Tensor, *, dictionary: int | Tensor | None = None) -> None:
+        """Count entries as used, as a lookup does with its neighbours.
+
+        Args:
+            indices: int64, as `lookup` returned them; -1 is skipped.
+            dictionary: as it was given there.
+        """
+        self._here("touch")
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+            raise TypeError(f"memcore.DND.touch: 'indices' must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+        which = None if dictionary is None else self._which("touch", dictionary, indices.shape[0])
+        _checks.dims("DND.touch", "indices", indices, "A, Q, K" if which is None else "Q, K")
+        if which is None and indices.shape[0] != self.dictionaries:
+            raise ValueError(f"memcore.DND.touch: 'indices' must have shape (A, Q, K) with A = {self.dictionaries}, got {tuple(indices.shape)}")
+        self._touch(indices.detach(), which)
+
+    def _touch(self, indices: Tensor, which: Tensor | None) -> None:
+        with self._lock:
+            if self._rings.stamps is not None:
+                self._stamp(indices, which)
+            elif which is None and self._direct:
+                indices = indices.contiguous()
+                self._table.touch_at(0, indices.data_ptr(), *indices.shape)
+            else:
+                owners = range(self.dictionaries) if which is None else which.tolist()
+                for a, slots in zip(owners, indices.flip(-1).cpu().numpy(), strict=True):
+                    self._table.touch(a, slots.reshape(-1))
+
+    def _stamp(self, indices: Tensor, which: Tensor | None) -> None:
+        """The same on the device: later uses get higher stamps."""
+        n = indices.numel() // max(1, indices.shape[0]) if which is None else indices.numel()
+        order = torch.arange(n, device=self.device).view(*(indices.shape[1:] if which is None else indices.shape))
+        stamps = (self._clock + 1 + order.flip(-1) if order.numel() else order).expand_as(indices)
+        owner = torch.arange(self.dictionaries, device=self.device)[:, None, None] if which is None else which.to(self.device)[:, None]
+        rows = owner * self.capacity + indices.clamp_min(0)
+        self._rings.stamps.scatter_reduce_(0, rows.reshape(-1), torch.where(indices < 0, 0, stamps).reshape(-1), "amax")
+        self._clock += n
+
+    def _fetch_oldest(self, dictionaries: Tensor) -> None:
+        """Tell the table which entries a batch of writes would replace, where the device knows the order of use."""
+        if self._rings.stamps is None:
+            return
+        new = torch.bincount(dictionaries, minlength=self.dictionaries).tolist()
+        for a, n in enumerate(new):
+            size = self._table.size(a)
+            if n and size + n > self.capacity:
+                stamps = self._rings.stamps[a * self.capacity : a * self.capacity + size]
+                self._table.oldest(a, stamps.topk(min(n, size), largest=False).indices.cpu().numpy())
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def write(
+        self, keys: Tensor, values: Tensor, hashes: Tensor | Sequence[int] | int | None = None, *, dictionary: int | Tensor | None = None
+    ) -> None:
+        """Add entries, or update those that are there, as if written one after another.
+
+        Args:
+            keys: [n, D], or [D].
+            values: [n, V], or [n] if V = 1; of one key also [V] or a number.
+            hashes: [n] int64, who they are (NEC: `hash_rows(observations)`); by default hashes of the keys' bytes.
+            dictionary: an int, or [n] int64, one for each; may be left out if there is one dictionary.
+
+        Raises:
+            ValueError: wrong shape or dictionary. TypeError: wrong type. RuntimeError: a forked process, or a reader. Then nothing is written. Keys
+            and values with NaN or Inf are counted as rejected and not stored.
+        """
+        if self._fork != _forks or self._table is None:
+            self._here("write")
+        r = self._rings
+        dtype = self.dtype
+        if not (
+            type(keys) is Tensor and type(values) is Tensor and keys.dtype is dtype and values.dtype is dtype and keys.is_cpu and values.is_cpu
+            and keys.shape[1:] == (self.key_width,) and values.shape == (keys.shape[0], self.value_width)
+            and keys.is_contiguous() and values.is_contiguous()
+        ):  # fmt: skip
+            keys, values = self._entries(keys, values)
+        n = keys.shape[0]
+        if hashes is not None:
+            hashes = _table.as_hashes("DND.write", hashes, n)
+        if type(dictionary) is int and 0 <= dictionary < self.dictionaries:
+            a, which = dictionary, None
+        else:
+            if dictionary is None and self.dictionaries > 1:
+                raise ValueError(f"memcore.DND.write: 'dictionary' must be given, as there are {self.dictionaries}")
+            which = self._which("write", 0 if dictionary is None else dictionary, n)
+            a = 0
+        with self._lock:
+            pending = self.keys.grad is not None or self.values.grad is not None
+            told = pending or self._log is not None or self.searcher is not None
+            if self._direct:
+                placed = torch.empty(n, 2, dtype=torch.int64) if told else None
+                counts = self._table.write(
+                    self.keys.data_ptr(), self.values.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(),
+                    0 if which is None else which.data_ptr(), a, n, self.alpha, 0 if placed is None else placed.data_ptr(),
+                )  # fmt: skip
+                torch._C._increment_version((self.keys, self.values))  # a backward that wants what was there raises
+            else:
+                which = torch.full((n,), a) if which is None else which
+                placed, counts = self._write_rows(keys, values, hashes, which)
+            c = self._counts
+            c["updated"] += counts[0]
+            c["appended"] += counts[1]
+            c["replaced"] += counts[2]
+            c["rejected"] += counts[3]
+            if told and n:
+                which = torch.full((n,), a) if which is None else which
+                self._tell(keys, hashes, which, placed, pending)
+
+    def _entries(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Checked keys [n, D] and values [n, V] of the store's dtype."""
+        op = "DND.write"
+        if isinstance(values, (int, float)) and not isinstance(values, bool):
+            values = torch.tensor([float(values)], dtype=self.dtype)
+        for name, t in (("keys", keys), ("values", values)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"memcore.{op}: {name!r} must be a tensor, got {type(t).__name__}")
+            if not t.is_floating_point():
+                raise TypeError(f"memcore.{op}: {name!r} must be floating, got {t.dtype}")
+        D, V = self.key_width, self.value_width
+        rows = keys[None] if keys.dim() == 1 else keys
+        if rows.dim() != 2 or rows.shape[1] != D:
+            raise ValueError(f"memcore.{op}: 'keys' must have shape (n, D) or (D) with D = {D}, got {tuple(keys.shape)}")
+        n = rows.shape[0]
+        if values.shape not in ((n, V), *(((n,),) if V == 1 else ()), *(((V,), ()) if n == 1 and (V == 1 or values.dim() == 1) else ())):
+            raise ValueError(f"memcore.{op}: 'values' must have shape (n, V) = ({n}, {V}) to match 'keys' {tuple(keys.shape)}, got {tuple(values.shape)}")
+        place = {"device": self.device, "dtype": self.dtype}
+        return rows.detach().to(**place).contiguous(), values.detach().to(**place).reshape(n, V).contiguous()
+
+    def _which(self, op: str, dictionary: int | Tensor, n: int) -> Tensor:
+        """[n] dictionaries, on the host."""
+        A = self.dictionaries
+        if isinstance(dictionary, Tensor):
+            if dictionary.dtype != torch.int64:
+                raise TypeError(f"memcore.DND.{op}: 'dictionary' must be an int or an int64 tensor, got {dictionary.dtype}")
+            if dictionary.shape not in ((), (n,)):
+                raise ValueError(f"memcore.DND.{op}: 'dictionary' must have shape ({n},), got {tuple(dictionary.shape)}")
+            which = dictionary.detach().cpu().expand(n).contiguous()
+        else:
+            _checks.whole(f"DND.{op}", "dictionary", dictionary, 0)
+            if dictionary >= A:
+                raise ValueError(f"memcore.DND.{op}: 'dictionary' must be less than {A}, got {dictionary}")
+            which = torch.full((n,), dictionary)
+        if n and not 0 <= int(which.min()) <= int(which.max()) < A:
+            raise ValueError(f"memcore.DND.{op}: 'dictionary' must be 0..{A - 1}, got {which.min()}..{which.max()}")
+        return which
+
+    @torch.no_grad()
+    def _write_rows(self, keys: Tensor, values: Tensor, hashes: Tensor | None, which: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """What the compiled table does itself, in tensors: [n, 2] slots and kinds, and how many there were of each kind."""
+        r, n = self._rings, keys.shape[0]
+        hashes = _table.hash_rows(keys) if hashes is None else hashes
+        good = (keys.isfinite().all(1) & values.isfinite().all(1)).cpu().nonzero().squeeze(1)
+        placed = torch.tensor([[-1, _table.REJECTED]]).repeat(n, 1)
+        self._fetch_oldest(which[good])
+        slots, kinds = self._table.put(which[good].numpy(), hashes[good].numpy())
+        placed[good, 0], placed[good, 1] = torch.from_numpy(slots), torch.from_numpy(kinds).long()
+        rows = which[good] * self.capacity + placed[good, 0]
+        seen: Counter[int] = Counter()
+        rounds: list[list[int]] = []  # entries that meet in one row go in different rounds
+        for i, row in enumerate(rows.tolist()):
+            if seen[row] == len(rounds):
+                rounds.append([])
+            rounds[seen[row]].append(i)
+            seen[row] += 1
+        with r.changing():
+            for now in rounds:
+                at, entry = rows[now].to(self.device), good[now].to(self.device)
+                fresh = (placed[good[now], 1] != _table.UPDATED).to(self.device)
+                old, new = r.flat_values[at].double(), values[entry].double()
+                mixed = torch.where(fresh[:, None], new, (1 - self.alpha) * old + self.alpha * new)
+                r.flat_values[at] = mixed.to(self.dtype)
+                r.set_keys(at, keys[entry])
+                r.clear_state(at[fresh])
+            if r.stamps is not None:
+                order = torch.arange(1, len(rows) + 1, device=self.device)
+                r.stamps.scatter_reduce_(0, rows.to(self.device), self._clock + order, "amax")
+                self._clock += len(rows)
+            for a in which.unique().tolist():
+                r.set_count(a, self._table.size(a))
+        return placed, tuple(torch.bincount(placed[:, 1], minlength=4).tolist())
+
+    def _tell(self, keys: Tensor, hashes: Tensor | None, which: Tensor, placed: Tensor, pending: bool) -> None:
+        """Those who need to know of written rows: gradients that wait, the searcher, the log."""
+        stored = placed[:, 0] >= 0
+        rows = which[stored] * self.capacity + placed[stored, 0]
+        if pending:
+            gone = rows[placed[stored, 1] != _table.UPDATED]
+            drop_rows(self.keys, gone)
+            drop_rows(self.values, gone)
+        if self.searcher is not None:
+            self.searcher.changed(rows)
+        if self._log is not None:
+            identity = _table.hash_rows(keys) if hashes is None else hashes
+            self._log.put(rows, identity[stored])
+
+    def delete(self, hashes: Tensor | Sequence[int] | int, *, dictionary: int | None = None) -> int:
+        """Remove entries; the last slot's entry moves into each slot freed. Returns how many were there.
+
+        Args:
+            hashes: their identities, as of `write`.
+            dictionary: one of them; may be left out if there is one.
+        """
+        self._here("delete")
+        if dictionary is None and self.dictionaries > 1:
+            raise ValueError(f"memcore.DND.delete: 'dictionary' must be given, as there are {self.dictionaries}")
+        a = int(self._which("delete", 0 if dictionary is None else dictionary, 1)[0])
+        found = 0
+        with self._lock:
+            for hash in _table.as_hashes("DND.delete", hashes).tolist():
+                found += self._delete(a, hash)
+            self._counts["deleted"] += found
+        return found
+
+    @torch.no_grad()
+    def _delete(self, a: int, hash: int) -> bool:
+        r = self._rings
+        with r.changing():
+            slot, moved = self._table.remove(a, hash)
+            if slot < 0:
+                return False
+            to, source = a * self.capacity + slot, a * self.capacity + moved
+            if moved != slot:
+                r.move(source, to)
+            r.set_count(a, self._table.size(a))
+        rows = torch.tensor([to, source])
+        drop_rows(self.keys, rows)
+        drop_rows(self.values, rows)
+        if self.searcher is not None:
+            self.searcher.changed(rows)
+        if self._log is not None:
+            self._log.delete(a, hash)
+        return True
+
+    def clear(self, dictionary: int | None = None) -> None:
+        """Remove every entry, or every one of a dictionary."""
+        self._here("clear")
+        which = range(self.dictionaries) if dictionary is None else self._which("clear", dictionary, 1).tolist()
+        with self._lock:
+            for a in which:
+                rows = a * self.capacity + torch.arange(self._table.size(a))
+                drop_rows(self.keys, rows)
+                drop_rows(self.values, rows)
+                with self._rings.changing():
+                    self._table.clear(a)
+                    self._rings.set_count(a, 0)
+                if self.searcher is not None:
+                    self.searcher.changed(rows)
+                if self._log is not None:
+                    self._log.clear(a)
+
+    def find(self, hashes: Tensor | Sequence[int] | int, *, dictionary: int = 0) -> Tensor:
+        """[n] slots of entries, -1 for those that are not there; does not count as use."""
+        self._here("find")
+        a = int(self._which("find", dictionary, 1)[0])
+        return torch.tensor([self._table.find(a, h) for h in _table.as_hashes("DND.find", hashes).tolist()], dtype=torch.int64)
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.keys.grad = self.values.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, *, keys: bool = True) -> None:
+        """One optimizer step of the rows that have a gradient, which is used up. Rows that it would make NaN or Inf stay as they are.
+
+        Args:
+            lr: learning rate, >= 0.
+            keys: whether keys are trained, too.
+
+        Raises:
+            ValueError: bad lr. RuntimeError: the store has no optimizer.
+        """
+        self._here("step")
+        _checks.finite_number("DND.step", "lr", lr)
+        if lr < 0:
+            raise ValueError(f"memcore.DND.step: 'lr' must be at least 0, got {lr}")
+        if self.optimizer is None:
+            raise RuntimeError("memcore.DND.step: the store was made with optimizer=None")
+        r = self._rings
+        changed = []
+        with self._lock, r.changing():
+            for name, ring, flat in (("keys", self.keys, r.flat_keys), ("values", self.values, r.flat_values)):
+                if ring.grad is None or (name == "keys" and not keys):
+                    continue
+                rows, grad = used_rows(ring.grad)
+                state = r.state[name]
+                old = flat[rows]
+                new, after = self.optimizer.update(old, grad.to(old.dtype), {s: t[rows] for s, t in state.items()}, lr)
+                good = new.isfinite().all(1, keepdim=True)
+                for t in after.values():
+                    good &= t.isfinite().all(1, keepdim=True)
+                self._refused += (~good).sum()
+                for s, t in after.items():
+                    state[s][rows] = torch.where(good, t, state[s][rows])
+                new = torch.where(good, new, old)
+                if name == "keys":
+                    r.set_keys(rows, new)
+                else:
+                    flat[rows] = new
+                self._counts["rows_trained"] += len(rows)
+                changed.append(rows.cpu())
+            self.zero_grad()
+            if changed and self.searcher is not None:
+                self.searcher.changed(torch.cat(changed).unique())
+            if changed and self._log is not None:
+                self._log.rows(torch.cat(changed).unique())
+
+    # All of it --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """How much the store holds and what happened to it."""
+        r = self._rings
+        tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, *r.state_tensors().values())
+        refused = int(self._refused)
+        return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **self._counts, rows_refused=refused)
+
+    def __reduce__(self) -> tuple:
+        """What a spawned process gets: a reader of the same memory."""
+        self._here("pickle", write=False)
+        r = self._rings
+        with self._lock:
+            r.share()
+            self._bind()
+        names = ("norms", "mirror", "rounding", "head", "count")
+        return _as_reader, (self.config(), {"keys": self.keys.detach(), "values": self.values.detach(), **{n: getattr(r, n) for n in names}})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DND":
+        copy = DND.from_config(self.config(), device=self.device)
+        copy.load_state_dict(self.state_dict())
+        return copy
+
+    def __repr__(self) -> str:
+        sizes = f"{self.dictionaries}, {self.capacity}, {self.key_width}, {self.value_width}"
+        return f"DND({sizes}, neighbours={self.neighbours}, alpha={self.alpha}, optimizer={self.optimizer}) with {len(self)} entries"
+
+    def config(self) -> dict[str, Any]:
+        """The arguments it was made with, device and searcher apart, as plain data."""
+        optimizer = None
+        if self.optimizer is not None:
+            name = next(n for n, kind in OPTIMIZERS.items() if isinstance(self.optimizer, kind))
+            optimizer = {"name": name, **asdict(self.optimizer)}
+        plain = ("dictionaries", "capacity", "key_width", "value_width", "neighbours", "kernel", "delta", "metric", "alpha", "grad_keys", "bf16")
+        return {**{name: getattr(self, name) for name in plain}, "dtype": str(self.dtype)[6:], "optimizer": optimizer}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **more: Any) -> "DND":
+        """An empty store of a `config()`."""
+        given = dict(config)
+        optimizer = given.pop("optimizer")
+        if optimizer is not None:
+            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in optimizer.items() if k != "name"}
+            optimizer = OPTIMIZERS[optimizer["name"]](**settings)
+        return cls(**{**given, "dtype": getattr(torch, given["dtype"]), "optimizer": optimizer, **more})
+
+    def _taken(self) -> Tensor:
+        """Rows that hold entries, dictionary by dictionary."""
+        return torch.cat([a * self.capacity + torch.arange(n) for a, n in enumerate(self.counts)])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every entry with hash, place in the order of use and optimizer's state, copied to the host."""
+        self._here("state_dict")
+        r = self._rings
+        with self._lock:
+            counts = self.counts
+            if r.stamps is not None:  # the device knows the order
+                for a, n in enumerate(counts):
+                    self._table.oldest(a, r.stamps[a * self.capacity : a * self.capacity + n].argsort().cpu().numpy())
+            rows = self._taken().to(self.device)
+            tables = [(torch.from_numpy(self._table.hashes(a)), torch.from_numpy(self._table.order(a))) for a in range(self.dictionaries)]
+            tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors()}
+            return {
+                "counts": torch.tensor(counts, dtype=torch.int64),
+                "hashes": torch.cat([t[0] for t in tables]),
+                "order": torch.cat([t[1] for t in tables]),
+                **{name: t[rows].cpu() for name, t in tensors.items()},
+            }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace the content by that of a `state_dict` of a store of the same sizes and optimizer.
+
+        Raises:
+            ValueError: it does not fit. The store is as it was then.
+        """
+        self._here("load_state_dict")
+        r, A, N = self._rings, self.dictionaries, self.capacity
+        counts = state["counts"].tolist() if isinstance(state.get("counts"), Tensor) else []
+        total = sum(counts)
+        if len(counts) != A or not all(0 <= n <= N for n in counts):
+            raise ValueError(f"memcore.DND.load_state_dict: 'counts' must be {A} numbers of 0..{N}, got {counts}")
+        tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors()}
+        want = {"hashes": (total,), "order": (total,), **{name: (total, t.shape[1]) for name, t in tensors.items()}}
+        have = {name: tuple(t.shape) for name, t in state.items() if name != "counts"}
+        for name in sorted(want.keys() | have.keys()):
+            if want.get(name) != have.get(name):
+                raise ValueError(
+                    f"memcore.DND.load_state_dict: {name!r} must have shape {want.get(name, 'none (absent)')}, got {have.get(name, 'none (absent)')}"
+                )
+        parts = [(h.unique().numel() == n and s.sort().values.equal(torch.arange(n))) for n, h, s in self._split(state, counts)]
+        if not all(parts) or not all(state[name].isfinite().all() for name in ("keys", "values")):
+            raise ValueError("memcore.DND.load_state_dict: 'hashes', 'order', 'keys' and 'values' must be those of distinct finite entries")
+        with self._lock:
+            self.clear()
+            with r.changing():
+                for a, (n, hashes, order) in enumerate(self._split(state, counts)):
+                    self._table.put(torch.full((n,), a).numpy(), hashes.numpy())
+                    self._table.oldest(a, order.numpy())
+                    if r.stamps is not None:
+                        r.stamps[a * N + order.to(self.device)] = self._clock + 1 + torch.arange(n, device=self.device)
+                    r.set_count(a, n)
+                self._clock += max(counts, default=0)
+                rows = self._taken().to(self.device)
+                r.set_keys(rows, state["keys"].to(self.device, self.dtype))
+                for name, t in tensors.items():
+                    if name != "keys":
+                        t[rows] = state[name].to(self.device, t.dtype)
+            if self.searcher is not None:
+                self.searcher.changed(rows.cpu())
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Write all of it to one safetensors file, checksummed and atomic: a crash or a full disk leaves the old file.
+
+        Args:
+            path: by default the snapshot of the folder it was opened from, whose log starts anew then.
+
+        Raises:
+            OSError: it cannot be written. ValueError: no path, and no folder. ImportError: safetensors is not installed.
+        """
+        self._here("save")
+        with self._lock:
+            if path is not None:
+                _files.save(self, Path(path), {})
+                return
+            if self._log is None:
+                raise ValueError("memcore.DND.save: 'path' must be given for a store that was not opened from a folder")
+            _files.save(self, self._log.path.with_name(_files.SNAPSHOT), {"id": self._log.identity, "sequence": self._log.sequence})
+            self._log.restart()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", searcher: Any = None) -> "DND":
+        """The store that `save` wrote, order of use and optimizer's state included.
+
+        Raises:
+            StoreError (a ValueError): there is no such file, it is damaged or truncated, or no store.
+        """
+        return _files.load(cls, Path(path), device=device, searcher=searcher)
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], dictionaries: int | None = None, capacity: int | None = None, key_width: int | None = None,
+        value_width: int = 1, *, device: torch.device | str = "cpu", searcher: Any = None, **settings: Any,
+    ) -> "DND":  # fmt: skip
+        """The store in a folder, which survives crashes: what was there at the last `flush` (or `save`) is there again.
+
+        Every write, delete, clear and step is appended to a log in memory; `flush` commits them together. The log holds entries, not which
+        of them were looked up and not the optimizer's state: after a crash entries changed since the last `save` count as used when they were
+        written, and their optimizer's state is what it was at that `save`, zero for those that are newer. One process may have it open.
+
+        Args:
+            folder: created if it is not there; the folder it lies in must be.
+            the others: of `DND(...)`; needed for a new store, and those of an old one if they are given.
+
+        Raises:
+            StoreError (a ValueError): files that are damaged (other than a torn tail of the log, which is cut), of another kind or of another
+            store. RuntimeError: it is open elsewhere. OSError: it cannot be read or written.
+        """
+        new = None
+        more = {"device": device, "searcher": searcher}
+        if dictionaries is not None:
+            new = cls(dictionaries, capacity, key_width, value_width, **settings, **more)
+        store, store._log = _files.open_folder(cls, Path(folder), new, **more)
+        return store
+
+    def flush(self) -> None:
+        """Commit to the log what happened since the last time: from now on a crash loses nothing of it.
+
+        Raises:
+            OSError: the log cannot be written; nothing is lost yet, and the next flush tries again. ValueError: there is no log.
+        """
+        self._here("flush")
+        if self._log is None:
+            raise ValueError("memcore.DND.flush: the store must have been opened from a folder (memcore.DND.open)")
+        with self._lock:
+            self._log.flush()
+
+    def close(self) -> None:
+        """Flush and let go of the folder; without one, nothing."""
+        if self._log is not None:
+            self.flush()
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> "DND":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @staticmethod
+    def _split(state: dict[str, Tensor], counts: list[int]) -> Iterable[tuple[int, Tensor, Tensor]]:
+        return list(zip(counts, state["hashes"].split(counts), state["order"].split(counts), strict=True))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows [..] of a ring [A, N, W], zeros for -1; the gradient holds these rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, ring: Tensor, rows: Tensor) -> Tensor:
+        ctx.shape = ring.shape
+        ctx.save_for_backward(rows)
+        return torch.where(rows[..., None] < 0, 0, ring.flatten(0, 1)[rows.clamp_min(0)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        used, N = rows >= 0, ctx.shape[1]
+        rows = rows[used]
+        return torch.sparse_coo_tensor(torch.stack([rows // N, rows % N]), grad[used], ctx.shape, check_invariants=False), None
+
+
+def _as_reader(config: dict[str, Any], tensors: dict[str, Tensor | None]) -> DND:
+    store = DND.from_config({**config, "capacity": 1, "optimizer": None, "grad_keys": False}, device=tensors["keys"].device)
+    store.capacity, store._table, store._direct = config["capacity"], None, False
+    for name, t in tensors.items():
+        setattr(store._rings, name, t)
+    store._rings.views()
+    store.keys, store.values = store._rings.keys, store._rings.values
+    return store
