@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.nec import NEC, QNetwork
+from ..train.optimizers import make_optimizer
 from .environments import Environment
 from .replay import Replay, n_step_targets, observation_hash
 
@@ -83,7 +84,7 @@ class NECAgent:
         clip_norm: float | None,
     ) -> None:
         self.network = NEC(env.observation_shape, env.actions, **model)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr)
+        self.optimizer = make_optimizer("adam", self.network.parameters(), lr)
         self.n_step, self.gamma, self.memory_lr, self.grad_keys = n_step, gamma, memory_lr, grad_keys
         self.batch_size, self.clip_norm = batch_size, clip_norm
         self.replay = Replay(
@@ -218,7 +219,7 @@ class DQNAgent:
         self.network = QNetwork(env.observation_shape, env.actions, **model)
         self.target = QNetwork(env.observation_shape, env.actions, **model)
         self.target.load_state_dict(self.network.state_dict())
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr)
+        self.optimizer = make_optimizer("adam", self.network.parameters(), lr)
         self.gamma, self.batch_size, self.clip_norm = gamma, batch_size, clip_norm
         self.target_every, self.double, self.clip_reward, self._updates = target_every, double, clip_reward, 0
         seen = (env.observation_shape, env.observation_dtype)

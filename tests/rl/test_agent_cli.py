@@ -56,7 +56,7 @@ def test_one_run_prints_json_alone_on_stdout(capsys, tmp_path):
     assert result == json.loads((tmp_path / "r" / "result.json").read_text())
     assert (result["task"], result["model"], result["seed"], result["steps"], result["episodes"]) == ("Catch", "nec", 3, 400, 44)
     assert result["parameters"] == 50 * 8 + 8 + 8 * 4 + 4 and result["threads"] == 1
-    assert result["config"]["model_options"]["capacity"] == 40 and result["config"]["train"]["n_step"] == 50
+    assert result["config"]["model_options"]["capacity"] == 40 and result["config"]["train"]["n_step"] == 100
     assert [json.loads(line)["step"] for line in (tmp_path / "r" / "curve.jsonl").read_text().splitlines()] == [100, 200, 300, 400]
     assert "Catch, nec, seed 3: 400 steps, 44 episodes" in err
     code, _, err = memcore(capsys, *NEC, "--out", str(tmp_path / "r"))
