@@ -127,17 +127,16 @@ class NECAgent:
                 self._values.append(0.0)
             else:
                 self.choose(after)
-            self._write(len(self._actions), terminated)
+            self._write(len(self._actions))
             self.begin()
 
-    def _write(self, until: int, terminal: bool) -> None:
+    def _write(self, until: int) -> None:
         """Store steps `_written` .. `until` - 1 of the running episode, in dictionaries and replay."""
         first, last = self._written, min(until - 1 + self.n_step, len(self._actions))
         if until <= first:
             return
-        targets = n_step_targets(
-            self._rewards[first:last], self._values[first : last + 1], self.n_step, self.gamma, terminal and last == len(self._actions)
-        )[: until - first]
+        rewards, values = self._rewards[first:last], self._values[first : last + 1]  # the value of a terminal state is noted as 0
+        targets = n_step_targets(rewards, values, self.n_step, self.gamma, terminal=False)[: until - first]
         observations = np.stack(self._observations[first:until])
         actions = np.array(self._actions[first:until])
         hashes = torch.tensor([observation_hash(o) for o in observations])
@@ -148,7 +147,7 @@ class NECAgent:
 
     def flush(self) -> None:
         """Write the steps of the running episode whose targets are complete."""
-        self._write(len(self._values) - self.n_step, terminal=False)
+        self._write(len(self._values) - self.n_step)
 
     def learn(self, generator: torch.Generator) -> float | None:
         self.flush()
@@ -157,8 +156,7 @@ class NECAgent:
         batch = self.replay.sample(self.batch_size, generator)
         loss = F.mse_loss(self.network.value(batch["observation"], batch["action"]), batch["target"])
         value = _step(self.network, self.optimizer, loss, self.clip_norm)
-        if np.isfinite(value):
-            self.network.memory.step(self.memory_lr, keys=self.grad_keys)
+        self.network.memory.step(self.memory_lr, keys=self.grad_keys)  # leaves rows as they are that would not be finite
         return value
 
     def row(self) -> dict[str, Any]:

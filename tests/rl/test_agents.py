@@ -121,7 +121,7 @@ def test_the_gradient_of_nec_reaches_encoder_keys_and_values(grad_keys):
 
 def dqn(**more):
     torch.manual_seed(0)
-    settings = {"gamma": 0.9, "lr": 1e-2, "replay": 50, "batch_size": 6, "clip_norm": None, "target_every": 3, **more}
+    settings = {"gamma": 0.9, "lr": 1e-2, "replay": 50, "batch_size": 16, "clip_norm": None, "target_every": 3, **more}
     agent = make_agent("dqn", Scripted(), {"hidden": 8, "key_width": 4}, settings)
     rng = np.random.default_rng(0)
     for t in range(20):
@@ -136,8 +136,10 @@ def dqn(**more):
 @pytest.mark.parametrize("double", [True, False])
 def test_the_update_of_dqn_is_its_formula(double):
     agent = dqn(double=double)
-    batch = agent.replay.sample(6, torch.Generator().manual_seed(2))
-    assert batch["terminal"].sum() not in (0, 6)
+    batch = agent.replay.sample(16, torch.Generator().manual_seed(2))
+    assert batch["terminal"].sum() not in (0, 16)
+    chosen = [net(batch["after"]).argmax(1)[~batch["terminal"]] for net in (agent.network, agent.target)]
+    assert not torch.equal(*chosen)
 
     def q(net, o):
         p = {k: v.detach().double() for k, v in net.state_dict().items()} if net is not copy else copy
@@ -146,13 +148,13 @@ def test_the_update_of_dqn_is_its_formula(double):
 
     copy = {k: v.detach().double().requires_grad_() for k, v in agent.network.named_parameters()}
     loss, targets = torch.zeros((), dtype=torch.float64), []
-    for i in range(6):
+    for i in range(16):
         after = batch["after"][i].double()
         best = int((q(agent.network, after) if double else q(agent.target, after)).argmax())
         y = batch["reward"][i].double() + (0.9 * q(agent.target, after)[best] if not batch["terminal"][i] else 0)
         targets.append(y.item())
         e = (q(copy, batch["observation"][i].double())[int(batch["action"][i])] - y).abs()
-        loss = loss + (e**2 / 2 if e < 1 else e - 0.5) / 6
+        loss = loss + (e**2 / 2 if e < 1 else e - 0.5) / 16
     loss.backward()
     assert agent.targets(batch).tolist() == pytest.approx(targets, rel=1e-5)
     assert agent.learn(torch.Generator().manual_seed(2)) == pytest.approx(loss.item(), rel=1e-5)
