@@ -11,9 +11,9 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout keeps `kernel
 from . import functional, reference
 from ._backend import backend
 
-_models = ("LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NTM", "NTMCell", "NTMState")
+_models = ("LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NEC", "NTM", "NTMCell", "NTMState", "QNetwork")
 _stores = ("DND",)
-_modules = ("data", "models", "stores", "tasks", "train")
+_modules = ("data", "models", "rl", "stores", "tasks", "train")
 __all__ = ["backend", "functional", "reference", *_models, *_stores, *_modules]
 
 

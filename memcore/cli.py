@@ -60,6 +60,8 @@ EXAMPLES = """examples:
   memcore train mann --task omniglot --max-minutes 60  one-shot characters (needs: memcore data get omniglot)
   memcore train ntm --task copy --preset paper         the paper's own setting: batch 1, RMSProp 1e-4
   memcore train ntm --task copy --resume               go on where Ctrl-C stopped it, bit for bit
+  memcore train nec --env CartPole-v1 --baseline       an agent with episodic memory, and a DQN for equally many steps
+  memcore plot returns runs/CartPole-v1/*              return against steps, dictionaries, neighbours
   memcore eval runs/copy-ntm-seed0 --sequences 1000
   memcore plot curve runs/copy/*                       median and band over seeds
   memcore plot memory runs/copy-ntm-seed0 --set length=20
@@ -133,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "Options left out come from the preset (table below).",
         **raw,
     )
-    p.add_argument("model", choices=("ntm", "mann", "lstm"), help="what to train")
+    p.add_argument("model", choices=("ntm", "mann", "lstm", "nec"), help="what to train; nec has flags of its own: memcore train nec --help")
     p.add_argument("--task", metavar="TASK", help=f"one of {', '.join(TASKS)} (default: omniglot for mann, else copy)")
     p.add_argument("--preset", default=None, help="default (CPU minutes) or paper (the published settings)")
     p.add_argument(
@@ -168,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(p)
 
     p = commands.add_parser("plot", help="learning curves, memory traces, accuracy by instance", **raw)
-    p.add_argument("kind", choices=("curve", "memory", "accuracy"), help="what to draw")
+    p.add_argument("kind", choices=("curve", "memory", "accuracy", "returns"), help="what to draw; returns: of agents")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders; for curve, runs that differ in the seed alone share a band")
     p.add_argument("--out", metavar="FILE", help="image to write, .png .svg .pdf (default: KIND.png in the first run's folder)")
     p.add_argument("--metric", metavar="NAME", help="curve: column to draw: loss, wrong_bits, accuracy.2 (the 2nd instance), ... (default: eval_loss)")
@@ -177,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="memory: the sequence drawn, e.g. length=20")
     p.add_argument("--seed", type=int, default=0, help="memory: of the sequence drawn")
     p.add_argument("--sequences", type=int, default=1000, metavar="N", help="accuracy: test episodes (default: 1000)")
+    p.add_argument("--level", type=float, metavar="X", help="returns: a return to mark; tells when each run reached it")
     _common(p)
 
     commands.add_parser("bench", help="measure kernels and models against eager PyTorch and torch.compile", add_help=False)
@@ -190,6 +193,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=3.0, metavar="M", help="at most so long for training copy (default: 3)")
     p.add_argument("--seed", type=int, default=0)
     _common(p)
+    return parser
+
+
+def _agent_parser() -> argparse.ArgumentParser:
+    from .rl.cli import add_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="memcore train nec",
+        description="Train an agent with Neural Episodic Control, or several seeds and a DQN beside it.",
+    )
+    add_arguments(parser, _seeds)
+    _common(parser)
+    parser.set_defaults(command="train nec")
     return parser
 
 
@@ -216,7 +232,11 @@ def _test_table(test: dict[str, dict[str, Any]]) -> str:
     names = list(dict.fromkeys(k for row in test.values() for k in row))
     if {"bits", "nats"} & set(names):  # the loss under its unit's name
         names.remove("loss")
-    rows = [["setting", *names]] + [[s, *(_number(row.get(n, "")) for n in names)] for s, row in test.items()]
+    return _rows_table([{"setting": s, **{n: row.get(n, "") for n in names}} for s, row in test.items()])
+
+
+def _rows_table(table: list[dict[str, Any]]) -> str:
+    rows = [list(table[0])] + [["-" if v is None else _number(v) for v in row.values()] for row in table]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
 
@@ -282,6 +302,8 @@ def _train(args: argparse.Namespace) -> int:
     from .train.experiment import RESULT
     from .train.loop import CHECKPOINT
 
+    if args.model == "nec":
+        raise ValueError("memcore train: 'nec' must come first, as in: memcore train nec --env CartPole-v1")
     configs = _configs(args)
     many = len(configs) > 1
     results = []
@@ -319,6 +341,12 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train_agent(args: argparse.Namespace) -> int:
+    from .rl.cli import train
+
+    return train(args, _resumed, _say, _emit)
+
+
 def _named(text: str, known: Iterable[str]) -> list[str]:
     """The names in a comma-separated list; a name may hold commas itself, as T=20,R=10 does: the longest that fits is taken."""
     known, names, rest = list(known), [], text
@@ -335,9 +363,15 @@ def _named(text: str, known: Iterable[str]) -> list[str]:
 
 def _eval(args: argparse.Namespace) -> int:
     from .train import evaluate, load_run
+    from .train.checkpoint import load_checkpoint
     from .train.experiment import split
-    from .train.loop import TEST_SEED, plain
+    from .train.loop import CHECKPOINT, TEST_SEED, plain
 
+    path = Path(args.run)
+    if load_checkpoint(path / CHECKPOINT if path.is_dir() or not path.exists() else path).meta["user"].get("model") in ("nec", "dqn"):
+        from .rl.cli import evaluate as evaluate_agent
+
+        return evaluate_agent(args, _emit)
     model, task, config = load_run(args.run, data=args.data)
     settings = dict(task.test_settings)
     if args.settings is not None:
@@ -367,6 +401,13 @@ def _plot(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else (first if first.is_dir() else first.parent) / f"{args.kind}.png"
     if args.kind == "curve":
         plots.curve(args.runs, out, metric=args.metric or "eval_loss", x=args.x, log=args.log)
+    elif args.kind == "returns":
+        from .rl import plots as agents
+
+        table = agents.compare(args.runs, level=args.level)
+        agents.returns(args.runs, out, level=args.level)
+        _emit({"plot": str(out), "runs": table}, f"{_rows_table(table)}\nwrote {out}", args.json)
+        return 0
     elif args.kind == "memory":
         if len(args.runs) > 1:
             raise ValueError(f"memcore plot memory: 'RUN' must be one run, got {len(args.runs)}")
@@ -406,7 +447,7 @@ def _run(args: argparse.Namespace) -> int:
 
         chosen = memcore.backend(args.backend)
     with chosen:
-        return {"train": _train, "eval": _eval, "plot": _plot, "doctor": _doctor, "demo": _demo}[args.command](args)
+        return {"train": _train, "train nec": _train_agent, "eval": _eval, "plot": _plot, "doctor": _doctor, "demo": _demo}[args.command](args)
 
 
 @quiet_pipe
@@ -426,8 +467,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .data import main as data
 
             return data(argv[1:]) or 0
-        args = parser.parse_args(argv)
-        if args.version:
+        args = _agent_parser().parse_args(argv[2:]) if argv[:2] == ["train", "nec"] else parser.parse_args(argv)
+        if getattr(args, "version", False):
             import memcore
 
             print(memcore.__version__)

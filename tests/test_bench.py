@@ -345,7 +345,7 @@ def test_foreign_columns_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["speed"], "'SUITE' must be one of roofline, ops, step, sequence, train, growth, table, plot, got 'speed'"),
+        (["speed"], "'SUITE' must be one of roofline, ops, step, sequence, train, growth, store, table, plot, got 'speed'"),
         (["ops", "--device", "xpu"], "'--device' must be cpu, .*, got 'xpu'"),
         (["ops", "--threads", "0"], "'--threads' must be numbers >= 1"),
         (["ops", "--time", "0"], "'--time' must be > 0, got 0"),

@@ -2,6 +2,7 @@
 
 from .lstm import LSTMBaseline, LSTMState
 from .mann import MANN, MANNCell, MANNState
+from .nec import NEC, NECOutput, QNetwork
 from .ntm import NTM, NTMCell, NTMState
 
-__all__ = ["LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NTM", "NTMCell", "NTMState"]
+__all__ = ["LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NEC", "NECOutput", "NTM", "NTMCell", "NTMState", "QNetwork"]

@@ -13,11 +13,13 @@ from .algorithmic import (
     ngram_optimum,
     small_priority_sort,
 )
+from .catch import Catch
 from .omniglot import OmniglotEpisodes
 
 __all__ = [
     "AssociativeRecall",
     "Batch",
+    "Catch",
     "Copy",
     "DynamicNGrams",
     "OmniglotEpisodes",

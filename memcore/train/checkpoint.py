@@ -28,6 +28,7 @@ class Checkpoint(NamedTuple):
     generators: dict[str, Tensor]
     meta: dict[str, Any]
     best: dict[str, Tensor] | None = None
+    extra: dict[str, Tensor] = {}
 
     def restore(
         self,
@@ -75,6 +76,7 @@ def save_checkpoint(
     generator: torch.Generator | None = None,
     meta: Mapping[str, Any] | None = None,
     best: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save a model, and what is needed to continue its training, in one safetensors file.
 
@@ -88,6 +90,7 @@ def save_checkpoint(
         generator: the data stream's generator; torch's global CPU generator is saved with it.
         meta: anything JSON can hold.
         best: another `state_dict()` of the model, the one to use it with.
+        extra: further tensors by name.
 
     Raises:
         OSError: the file cannot be written; the old one is left as it was.
@@ -95,6 +98,7 @@ def save_checkpoint(
     """
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"best/{k}": v for k, v in (best or {}).items()}
+    tensors.update({f"extra/{k}": v for k, v in (extra or {}).items()})
     record: dict[str, Any] = {"meta": dict(meta or {}), "optimizer": None}
     if optimizer is not None:
         state = optimizer.state_dict()
@@ -126,7 +130,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return CheckpointError(f"memcore.load_checkpoint: {str(path)!r} must be a memcore checkpoint, got {what}")
 
     tensors, record = read_sealed(path, _FORMAT, refuse)
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "generator": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "generator": {}, "extra": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = tensor
@@ -138,4 +142,4 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             state[int(index)][key] = tensor
         param_groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in optimizer["param_groups"]]
         optimizer = {"state": state, "param_groups": param_groups}
-    return Checkpoint(path, groups["model"], optimizer, groups["generator"], record["meta"], groups["best"] or None)
+    return Checkpoint(path, groups["model"], optimizer, groups["generator"], record["meta"], groups["best"] or None, groups["extra"])

@@ -323,7 +323,7 @@ def train(
             state = {"step": step, "seconds": time.perf_counter() - began, "sums": sums, "settings": settings}
             if best is not None:
                 state["best"] = [lowest, kept_at]
-            save_checkpoint(path, model, optim, generator, {"train": state, "user": dict(meta or {})}, best)
+            save_checkpoint(path, model, optim, generator, {"train": state, "user": dict(meta or {})}, best=best)
 
     def kept() -> str:
         if path is None or not path.exists():

@@ -125,6 +125,8 @@ def curve(
     unit = ""
     for folder, name in zip(runs, names, strict=True):
         rows = _rows(folder)
+        if "returns" in rows[0]:
+            raise ValueError(f"memcore.plots.curve: 'runs' must be of tasks, got an agent's in {str(folder)!r}; memcore plot returns draws it")
         rows = [_columns(row) for row in rows]
         if metric not in rows[0]:
             raise ValueError(f"memcore.plots.curve: 'metric' must be one of {', '.join(rows[0])}, got {metric!r}")

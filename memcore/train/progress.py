@@ -12,6 +12,8 @@ LINE_SECONDS = 10.0
 class Progress:
     """Counts updates; shows loss, wrong bits and sequences per second at each row of the learning curve."""
 
+    unit = "update"
+
     def __init__(self, total: int, done: int, batch_size: int, show: bool) -> None:
         self.total, self.done, self.batch_size, self.show = total, done, batch_size, show
         self.bar = None
@@ -21,7 +23,7 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self.bar = tqdm(total=total, initial=done, unit="update", dynamic_ncols=True, smoothing=0.05)
+            self.bar = tqdm(total=total, initial=done, unit=self.unit, dynamic_ncols=True, smoothing=0.05)
 
     def __enter__(self) -> "Progress":
         return self
@@ -39,13 +41,14 @@ class Progress:
         if not self.show:
             return
         now = time.perf_counter()
-        rate = (self.done - self.first) * self.batch_size / max(now - self.began, 1e-9)
-        text = f"loss {row['loss']:.3f}"
-        if "wrong_bits" in row:
-            text += f", wrong bits {100 * row['wrong_bits']:.2f} %"
-        text += f", {rate:,.0f} sequences/s"
+        text = self.text(row, (self.done - self.first) * self.batch_size / max(now - self.began, 1e-9))
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         elif now - self.printed >= LINE_SECONDS or self.done >= self.total:
             self.printed = now
-            print(f"update {self.done:,} of {self.total:,}: {text}", file=sys.stderr, flush=True)
+            print(f"{self.unit} {self.done:,} of {self.total:,}: {text}", file=sys.stderr, flush=True)
+
+    def text(self, row: dict[str, Any], rate: float) -> str:
+        """What is shown of a row."""
+        wrong = f", wrong bits {100 * row['wrong_bits']:.2f} %" if "wrong_bits" in row else ""
+        return f"loss {row['loss']:.3f}{wrong}, {rate:,.0f} sequences/s"
