@@ -28,7 +28,7 @@ def test_a_baseline_equals_the_reference_with_its_gradients(op, shape, variant):
 
 def test_every_public_operator_is_measured():
     public = {name for name in memcore.functional.__all__ if name.islower() and not name.endswith("_")}
-    assert public == {*CASES, "ntm_step", "ntm_sequence", "mann_sequence"}  # the last three by the suites step and train
+    assert public == {*CASES, "ntm_step", "ntm_sequence", "mann_sequence", "knn_cache", "knn_lookup", "knn_search"}  # by suites of their own
 
 
 @pytest.mark.parametrize("op", ["read", "lrua_write"])

@@ -75,7 +75,7 @@ def limit(device: torch.device) -> int:
 def fits(memory: Tensor, s: Sizes) -> bool:
     """Whether the kernel takes the recurrence: a block has one element's memory, its gradient if there is one, and the controller's state in
     shared memory. What it does not take, `ntm_step` runs step by step."""
-    call = _backend.Call(torch.float32 if memory.dtype in _backend.NARROW else memory.dtype, memory.device, len(memory), s.slots, s.width)
+    call = _backend.Call(memory.dtype, memory.device, len(memory), s.slots, s.width)
     if s.read_heads > READ_HEADS or not _backend.takes_native("ntm_sequence_fwd", call):
         return False
     forward, backward = shared_bytes(s)
