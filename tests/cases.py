@@ -134,7 +134,7 @@ def assert_close(
 
 # Builders -------------------------------------------------------------------------------------------------------------
 
-SIZES = {"A": 0, "B": 2, "H": 2, "N": 20, "V": 5, "W": 7, "S": 3, "R": 1, "Hr": 2, "Hw": 1, "shared": 0, "masked": 0, "strength": 1}
+SIZES = {"A": 0, "B": 2, "H": 2, "N": 20, "V": 13, "W": 7, "S": 3, "R": 1, "Hr": 2, "Hw": 1, "shared": 0, "masked": 0, "strength": 1}
 GAMMA_OF_INTERFACE = 4.0  # 1 + softplus of a standard normal number stays below
 
 

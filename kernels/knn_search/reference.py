@@ -35,7 +35,7 @@ def _distance(q: Tensor, k: Tensor, metric: str, dtype: torch.dtype) -> Tensor:
         u, u2, no_u = _unit(q, dtype)
         v, v2, no_v = _unit(k, dtype)
         half = 0.5 * (u - v).square().sum(-1) + (1 - 0.5 * (u2 + v2))
-        half = torch.where(half < 1e-30, 0, half)  # rounding of parallel vectors
+        half = torch.where(half < 1e-30, half - half.detach(), half)  # rounding of parallel vectors, which have derivatives
         d = torch.where(no_u | no_v, 1 + 0 * (u2 + v2), half)
     return d.to(dtype)
 
