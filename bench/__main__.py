@@ -10,13 +10,14 @@ from .._stdio import quiet_pipe
 
 __all__ = ["main"]
 
-SUITES = ("roofline", "ops", "step", "train", "growth")
+SUITES = ("roofline", "ops", "step", "train", "growth", "store")
 EPILOG = """what runs:
   roofline  read bandwidth of L2, L3, DRAM; float32 matrix products; one aten call (half a minute)
   ops       every operator at three sizes, forward and forward + backward
   step      ntm_step chained from Python, forward and backward through time, at three sizes; the cost of a call
   train     a whole training step of an NTM on copy, batch 1, 16, 64, Adam included
   growth    how ntm_step's time and saved bytes grow with B, T, N, W; what 10,000 calls of every operator leave in memory
+  store     memcore.DND's lookup, write and both as N grows, against a ring in PyTorch and faiss where it is installed
   table     Markdown tables of the newest rows          plot      figures of the newest rows
 
 variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); vectorised (of a step: formula by

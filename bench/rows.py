@@ -113,6 +113,7 @@ _HEADS = {
     "calls": "call",
     "growth": "`ntm_step` chained, (B,read/write heads,N,W), forward + backward",
     "held": "call",
+    "store": "`memcore.DND`, one query",
 }
 _STEP_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")
 
@@ -150,8 +151,25 @@ def _growth(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     return head, lines
 
 
+def _store(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the store's table, in microseconds."""
+    names = [n for n in ("memcore", "bf16", "eager", "faiss") if any(r["variant"] == n for r in rows)]
+    head = [_HEADS["store"], "of", *(f"{'memcore, bf16 copy' if n == 'bf16' else n}, us" for n in names), *(f"vs {n}" for n in names[2:]), "gate", "met"]
+    lines = []
+    for group in _grouped(rows).values():
+        ours = group["memcore"]
+        lines.append([
+            f"{ours['op']} {ours['shape']}", ours["pass"], *(f"{1e3 * group[n]['ms_median']:.3g}" if n in group else "" for n in names),
+            *(_times(group[n]["ms_median"] / ours["ms_median"]) if n in group else "" for n in names[2:]),
+            ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",
+        ])  # fmt: skip
+    return head, lines
+
+
 def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one suite's table; columns nobody fills are left out."""
+    if suite == "store":
+        return _store([r for r in rows if r["suite"] == suite])
     if suite == "growth":
         return _growth([r for r in rows if r["suite"] == suite])
     head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "vectorised, ms", "as commonly written, ms",

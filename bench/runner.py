@@ -16,7 +16,7 @@ from .cases import Gate, Shape, StepCase, check, close, runnable, tuples
 from .measure import Timing
 from .rows import FIELDS, powers
 
-__all__ = ["Run", "calls", "chain", "growth", "held", "ops", "roofline", "step", "step_variants", "train", "training_steps"]
+__all__ = ["Run", "calls", "chain", "growth", "held", "ops", "roofline", "step", "step_variants", "store", "train", "training_steps"]
 
 COPY_LENGTH = 20  # 41 time steps
 
@@ -438,6 +438,13 @@ def held(run: Run) -> None:
         )  # fmt: skip
         if not run.quick:  # the bound is one for all of CALLS
             run.rows[-1].update(gate=f"grown <= {HELD >> 10} KiB", passed=grown <= HELD)
+
+
+def store(run: Run) -> None:
+    """memcore.DND; see bench_store.py."""
+    from .bench_store import store
+
+    store(run)
 
 
 def roofline(run: Run) -> None:

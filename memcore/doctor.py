@@ -12,6 +12,7 @@ import torch
 
 from . import _backend, functional
 from . import data as data_sets
+from .stores import _table
 from .train.experiment import versions
 
 __all__ = ["examine", "text"]
@@ -24,8 +25,9 @@ OPTIONAL = {  # module -> (distribution, what it is for)
     "PIL": ("pillow", "reading picture files"),
     "pytest": ("pytest", "tests"),
     "hypothesis": ("hypothesis", "tests"),
-    "faiss": ("faiss-cpu", "comparisons of nearest-neighbour search"),
+    "faiss": ("faiss-cpu", "approximate searchers of memcore.DND, comparisons of nearest-neighbour search"),
 }
+FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cu13")  # distributions that all install a module named faiss
 SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_CPU_ISA", "MEMCORE_DATA", "MEMCORE_BUILD_NATIVE", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
@@ -39,6 +41,30 @@ def _optional() -> dict[str, dict[str, str | None]]:
             except importlib.metadata.PackageNotFoundError:
                 version = "unknown"
         found[module] = {"version": version, "for": use}
+    return found
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def faiss_warnings(installed: list[str], cuda: str | None) -> list[str]:
+    """What is wrong with the faiss wheels that are there beside a torch for this CUDA version (None: a CPU one)."""
+    found = []
+    if len(installed) > 1:
+        found.append(
+            f"{' and '.join(installed)} overwrite each other's module faiss; keep one: pip uninstall {' '.join(installed)}, then install it again"
+        )
+    for name in installed:
+        of = name.rpartition("-cu")[2] if "-cu" in name else ""
+        if of and cuda is None:
+            found.append(f"{name} is for GPUs, and this torch is for CPUs alone")
+        elif of and cuda is not None and cuda.partition(".")[0] != of:
+            found.append(f"{name} is for CUDA {of}, torch for CUDA {cuda}: two CUDA runtimes in one process; install that of torch's version")
     return found
 
 
@@ -142,6 +168,8 @@ def examine(data: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "backend": info,
         "operators": _operators(),
         "self_check": _self_check(),
+        "slot_table": "in Python: " + _table.missing if _table.compiled is None else "built",
+        "warnings": faiss_warnings([d for d in FAISS if _installed(d)], torch.version.cuda),
         "data": _data(None if data is None else os.fspath(data)),
         "switches": {name: os.environ[name] for name in SWITCHES if name in os.environ},
     }
@@ -161,6 +189,7 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"native library: loaded, {b['cpu_isa']} of {', '.join(b['cpu_isa_available'])} (MEMCORE_CPU_ISA chooses)")
     else:
         lines.append(f"native library: missing: {b['native_missing']}")
+    lines.append(f"slot table of memcore.DND: {report['slot_table']}")
     gpu = b["gpu"]
     lines += [
         f"CUDA C++ kernels: {gpu['native']['missing'] and 'missing: ' + gpu['native']['missing'] or 'built'}",
@@ -178,6 +207,7 @@ def text(report: dict[str, Any]) -> str:
     lines += ["", "optional packages:"]
     for name, entry in report["optional"].items():
         lines.append(f"  {name:12} {entry['version'] or 'not installed':14} {entry['for']}")
+    lines += [f"  warning: {warning}" for warning in report["warnings"]]
     lines += ["", "data:"]
     lines += [f"  {name:12} {where}" for name, where in report["data"].items()]
     if report["switches"]:

@@ -9,7 +9,7 @@ import torch
 from memcore import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/gpu.md", "docs/gpu-resources.md", "docs/gpu-traffic.md")}
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/dnd.md", "docs/gpu.md", "docs/gpu-resources.md", "docs/gpu-traffic.md")}
 CODE = re.compile(r"```(\w*)\n(.*?)```", re.S)
 each = pytest.mark.parametrize("name", DOCUMENTS)
 
@@ -22,6 +22,14 @@ def test_the_examples_of_the_readme_run():
     assert torch.allclose(names["weights"].sum(-1), torch.ones(16, 1)) and names["weights"].shape == (16, 1, 128)
     assert names["step"].reads.shape == (16, 1, 20) and names["interface"].grad.abs().sum() > 0
     assert names["output"].shape == (40, 16, 8) and names["state"].memory.shape == (16, 128, 20)
+
+
+def test_the_examples_of_the_dictionary_run():
+    names = {}
+    for language, text in CODE.findall(DOCUMENTS["docs/dnd.md"]):
+        if language == "python":
+            exec(compile(text, "docs/dnd.md", "exec"), names)
+    assert names["values"].shape == (3, 32, 1) and names["store"].counts == [8, 0, 0]
 
 
 @each

@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "slot_table.h"
 
@@ -68,7 +67,10 @@ class Table {
 
   void oldest(int64_t a, const Ints& which) { slots.oldest(a, which.data(), which.size()); }
 
-  void touch(int64_t a, const Ints& which) { touch_at(a, (uintptr_t)which.data(), 1, 1, which.size()); }
+  void touch(int64_t a, const Ints& which) {
+    for (int64_t i = 0; i < which.size(); i++)
+      if (which.at(i) >= 0 && which.at(i) < slots.size(checked(a))) slots.touch(a, which.at(i));
+  }
 
   // indices [A,Q,K] of int64 at an address: queries in their order, of one query the nearest last; -1 is skipped.
   void touch_at(int64_t first, uintptr_t address, int64_t A, int64_t Q, int64_t K) {
@@ -79,31 +81,27 @@ class Table {
           if (at[k] >= 0 && at[k] < slots.size(first + a)) slots.touch(first + a, at[k]);
   }
 
-  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's state. Addresses may be 0.
-  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding,
-            const py::sequence& cleared) {
-    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, {}};
-    for (const auto& item : cleared) {
-      const auto pair = item.cast<std::pair<uintptr_t, int64_t>>();
-      rings.cleared.push_back({(char*)pair.first, pair.second});
-    }
+  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's steps. Addresses may be 0.
+  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding, uintptr_t steps) {
+    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, (int64_t*)steps};
   }
 
   // n entries at addresses into the rings at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
-  // slot and kind. Returns how many were updated, appended, had replaced others, and were rejected.
-  py::tuple write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
+  // slot and kind.
+  void write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
                   int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
     if (!rings.head) throw std::logic_error("memcore._store: write before bind");
-    int64_t counts[4] = {0, 0, 0, 0};
     const auto all = [&](auto* keys_at, auto* values_at) {
       using T = std::remove_pointer_t<decltype(keys_at)>;
       write_all(keys_at, values_at, (const T*)keys, (const T*)values, (const int64_t*)hashes, (const int64_t*)dictionaries, dictionary, n,
-                alpha, (int64_t*)to, counts);
+                alpha, (int64_t*)to);
     };
     if (rings.element == 4) all((float*)ring_keys, (float*)ring_values);
     else all((double*)ring_keys, (double*)ring_values);
-    return py::make_tuple(counts[0], counts[1], counts[2], counts[3]);
   }
+
+  // How many writes updated, appended, replaced, and were rejected.
+  py::tuple written() const { return py::make_tuple(counts[0], counts[1], counts[2], counts[3]); }
 
  private:
   int64_t checked(int64_t a) const {
@@ -115,7 +113,7 @@ class Table {
 
   template <class T>
   void write_all(T* ring_keys, T* ring_values, const T* keys, const T* values, const int64_t* hashes, const int64_t* dictionaries, int64_t a,
-                 int64_t n, double alpha, int64_t* to, int64_t* counts) {
+                 int64_t n, double alpha, int64_t* to) {
     const int64_t D = rings.D, V = rings.V, N = slots.N;
     for (int64_t i = 0; i < (dictionaries ? n : 1); i++) checked(dictionaries ? dictionaries[i] : a);
     publish(1);
@@ -138,7 +136,7 @@ class Table {
         continue;
       }
       std::memmove(v, values, (size_t)V * sizeof(T));
-      for (const auto& c : rings.cleared) std::memset(c.data + row * c.row, 0, (size_t)c.row);
+      if (rings.steps) rings.steps[row] = 0;
       if (kind == SlotTable::APPENDED) rings.head[1 + a] = slots.size(a);
     }
     publish(1);
@@ -171,6 +169,7 @@ class Table {
   static constexpr int REJECTED = 3;
   SlotTable slots;
   Rings rings;
+  int64_t counts[4] = {0, 0, 0, 0};
 };
 
 }  // namespace
@@ -196,5 +195,6 @@ PYBIND11_MODULE(_store, m) {
       .def("touch", &Table::touch)
       .def("touch_at", &Table::touch_at)
       .def("bind", &Table::bind)
-      .def("write", &Table::write);
+      .def("write", &Table::write)
+      .def("written", &Table::written);
 }

@@ -176,11 +176,7 @@ struct Rings {
   char* norms = nullptr;
   uint16_t* mirror = nullptr;
   float* rounding = nullptr;
-  struct Cleared {
-    char* data;
-    int64_t row;
-  };
-  std::vector<Cleared> cleared;  // set to zero with a new entry
+  int64_t* steps = nullptr;  // of the optimizer, two numbers of 32 bits; 0 with a new entry
 };
 
 }  // namespace memcore

@@ -4,5 +4,6 @@ from ._files import StoreError
 from ._optimizers import SGD, Adam, RMSProp
 from ._table import hash_rows
 from .dnd import DND, Stats
+from .searchers import HNSW, IVF, Exact, Searcher
 
-__all__ = ["SGD", "Adam", "DND", "RMSProp", "Stats", "StoreError", "hash_rows"]
+__all__ = ["DND", "HNSW", "IVF", "SGD", "Adam", "Exact", "RMSProp", "Searcher", "Stats", "StoreError", "hash_rows"]

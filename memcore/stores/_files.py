@@ -299,6 +299,8 @@ def open_folder(cls: type["DND"], folder: Path, new: "DND | None", **more: Any) 
             store.searcher.changed(store._taken())
         if not records:
             log.begin(log.identity, config)
+        elif not later:  # a crash may have come between the snapshot, which holds changes that never reached the log, and the log's new start
+            log.restart()
     except BaseException:
         log.close()
         raise

@@ -1,9 +1,11 @@
-"""Optimizers that touch the rows of a store that were used, and no others."""
+"""Optimizers that touch the rows of a store that were used, and no others.
+
+`update` gets rows [U, W], gradients, states and the number of each row's step [U, 1] (1 is its first), and returns rows and states.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 __all__ = ["OPTIMIZERS", "Adam", "RMSProp", "RowOptimizer", "SGD", "as_optimizer"]
@@ -15,7 +17,7 @@ class SGD:
 
     state: ClassVar[tuple[str, ...]] = ()
 
-    def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], step: Tensor, lr: float) -> tuple[Tensor, dict[str, Tensor]]:
         return rows - lr * grad, {}
 
 
@@ -27,7 +29,7 @@ class RMSProp:
     eps: float = 1e-8
     state: ClassVar[tuple[str, ...]] = ("square_avg",)
 
-    def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], step: Tensor, lr: float) -> tuple[Tensor, dict[str, Tensor]]:
         square = self.alpha * state["square_avg"] + (1 - self.alpha) * grad * grad
         return rows - lr * grad / (square.sqrt() + self.eps), {"square_avg": square}
 
@@ -38,26 +40,18 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "step")
+    state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
-    def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], step: Tensor, lr: float) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
-        step = state["step"] + 1
         mean = b1 * state["exp_avg"] + (1 - b1) * grad
         square = b2 * state["exp_avg_sq"] + (1 - b2) * grad * grad
         scale = ((1 - b2**step).sqrt() / (1 - b1**step)).to(rows.dtype)
-        return rows - lr * scale * mean / (square.sqrt() + self.eps), {"exp_avg": mean, "exp_avg_sq": square, "step": step}
+        return rows - lr * scale * mean / (square.sqrt() + self.eps), {"exp_avg": mean, "exp_avg_sq": square}
 
 
 RowOptimizer = SGD | RMSProp | Adam
 OPTIMIZERS: dict[str, type[RowOptimizer]] = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
-
-
-def new_state(optimizer: RowOptimizer, ring: Tensor) -> dict[str, Tensor]:
-    """Zeros of the optimizer's state for a ring [A*N, W]; a step count is one number a row."""
-    return {
-        name: ring.new_zeros(ring.shape[0], 1, dtype=torch.float64) if name == "step" else torch.zeros_like(ring) for name in optimizer.state
-    }
 
 
 def as_optimizer(op: str, given: str | RowOptimizer) -> RowOptimizer:

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ._optimizers import RowOptimizer, new_state
+from ._optimizers import RowOptimizer
 
-__all__ = ["Rings", "drop_rows", "used_rows"]
+__all__ = ["RINGS", "Rings", "drop_rows", "used_rows"]
+
+RINGS = ("keys", "values")
 
 
 class Rings:
@@ -26,9 +28,12 @@ class Rings:
         self.count = self.head[1:].to(device)
         self.stamps = None if device.type == "cpu" else zeros(A * N, of=torch.int64)  # of the last use, where the table cannot be told
         self.views()
-        self.state = {} if optimizer is None else {
-            name: new_state(optimizer, ring) for name, ring in (("keys", self.flat_keys), ("values", self.flat_values))
-        }  # fmt: skip
+        names = () if optimizer is None else optimizer.state
+        self.state = {
+            ring: {name: torch.zeros_like(flat) for name in names} for ring, flat in zip(RINGS, (self.flat_keys, self.flat_values), strict=True)
+        }
+        # Steps of each row's key and value. A row's state counts as zero before its first one, so that a new entry need not clear it.
+        self.steps = zeros(A * N, 2, of=torch.int32) if names else None
 
     def views(self) -> None:
         """After the tensors of this have been replaced or moved."""
@@ -71,8 +76,15 @@ class Rings:
             self.rounding.scatter_reduce_(0, rows // self.keys.shape[1], ratio, "amax")
 
     def clear_state(self, rows: Tensor) -> None:
-        for t in self.state_tensors().values():
-            t[rows] = 0
+        if self.steps is not None:
+            self.steps[rows] = 0
+
+    def state_of(self, ring: str, rows: Tensor) -> dict[str, Tensor]:
+        """The optimizer's state of some rows of "keys" or "values"."""
+        if self.steps is None:
+            return {}
+        started = self.steps[rows, RINGS.index(ring)][:, None] > 0
+        return {name: torch.where(started, t[rows], 0) for name, t in self.state[ring].items()}
 
     def move(self, source: int, to: int) -> None:
         """Everything of one row into another."""
@@ -81,8 +93,9 @@ class Rings:
         if self.mirror is not None:
             mirror = self.mirror.flatten(0, 1)
             mirror[to] = mirror[source]
-        if self.stamps is not None:
-            self.stamps[to] = self.stamps[source]
+        for t in (self.stamps, self.steps):
+            if t is not None:
+                t[to] = t[source]
 
     def share(self) -> None:
         """Move what readers need into shared memory."""

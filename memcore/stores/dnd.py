@@ -16,13 +16,15 @@ from .. import _checks
 from ..functional import KnnCache, KnnLookup, knn_lookup, knn_search
 from . import _files, _table
 from ._optimizers import OPTIMIZERS, RowOptimizer, as_optimizer
-from ._rings import Rings, drop_rows, used_rows
+from ._rings import RINGS, Rings, drop_rows, used_rows
+from .searchers import Searcher
 
 __all__ = ["DND", "Stats"]
 
 _DTYPES = (torch.float32, torch.float64)
 _PATIENCE = 100  # lookups tried again because of a writer
 _LARGEST = 2**31 - 2
+_WRITTEN = ("updated", "appended", "replaced", "rejected")
 _forks = 0
 
 
@@ -81,7 +83,7 @@ class DND:
         bf16: keep a bfloat16 copy of float32 keys, which the search reads instead. Neighbours are still exact.
         dtype: float32 or float64.
         device: of the tensors. Hashes and the order of use are kept on the host: with a GPU, pass `hashes` that lie there.
-        searcher: finds candidates; None compares with every key.
+        searcher: finds candidates, as `memcore.stores.IVF()`; None compares with every key.
 
     Attributes:
         keys [A, N, D], values [A, N, V]: leaves; after a backward their `.grad` holds the rows used, until `step`. Only rows before `counts` hold
@@ -115,7 +117,7 @@ class DND:
         bf16: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        searcher: Any = None,
+        searcher: Searcher | None = None,
     ) -> None:
         sizes = {"dictionaries": dictionaries, "capacity": capacity, "key_width": key_width, "value_width": value_width}
         for name, size in sizes.items():
@@ -141,7 +143,7 @@ class DND:
         knn_lookup(none, none, none, 0, kernel=kernel, delta=delta, metric=metric)  # judges these three
         self._table = _table.new_table(dictionaries, capacity)
         self._direct = self.device.type == "cpu" and hasattr(self._table, "write")
-        self._counts = dict.fromkeys(("appended", "updated", "replaced", "deleted", "rejected", "rows_trained"), 0)
+        self._counts = dict.fromkeys((*_WRITTEN, "deleted", "rows_trained"), 0)
         self._refused = torch.zeros((), dtype=torch.int64, device=self.device)
         self._clock = 0
         self._log: Any = None
@@ -160,10 +162,8 @@ class DND:
         if not self._direct:
             return
         r = self._rings
-        self._bound = [t for t in (r.head, r.norms, r.mirror, r.rounding, *r.state_tensors().values()) if t is not None]
-        cleared = [(t.data_ptr(), t.shape[1] * t.element_size()) for t in r.state_tensors().values()]
-        addresses = (0 if t is None else t.data_ptr() for t in (r.head, r.norms, r.mirror, r.rounding))
-        self._table.bind(self.key_width, self.value_width, self.dtype.itemsize, *addresses, cleared)
+        addresses = (0 if t is None else t.data_ptr() for t in (r.head, r.norms, r.mirror, r.rounding, r.steps))
+        self._table.bind(self.key_width, self.value_width, self.dtype.itemsize, *addresses)
 
     def _here(self, op: str, write: bool = True) -> None:
         if self._fork != _forks:
@@ -389,15 +389,15 @@ class DND:
         """
         if self._fork != _forks or self._table is None:
             self._here("write")
-        r = self._rings
         dtype = self.dtype
         if not (
             type(keys) is Tensor and type(values) is Tensor and keys.dtype is dtype and values.dtype is dtype and keys.is_cpu and values.is_cpu
-            and keys.shape[1:] == (self.key_width,) and values.shape == (keys.shape[0], self.value_width)
+            and len(shape := keys.shape) == 2 and shape[1] == self.key_width and values.shape == (shape[0], self.value_width)
             and keys.is_contiguous() and values.is_contiguous()
         ):  # fmt: skip
             keys, values = self._entries(keys, values)
-        n = keys.shape[0]
+            shape = keys.shape
+        n = shape[0]
         if hashes is not None:
             hashes = _table.as_hashes("DND.write", hashes, n)
         if type(dictionary) is int and 0 <= dictionary < self.dictionaries:
@@ -405,29 +405,22 @@ class DND:
         else:
             if dictionary is None and self.dictionaries > 1:
                 raise ValueError(f"memcore.DND.write: 'dictionary' must be given, as there are {self.dictionaries}")
-            which = self._which("write", 0 if dictionary is None else dictionary, n)
-            a = 0
+            a, which = 0, self._which("write", 0 if dictionary is None else dictionary, n)
         with self._lock:
-            pending = self.keys.grad is not None or self.values.grad is not None
+            own_keys, own_values = self.keys, self.values
+            pending = own_keys.grad is not None or own_values.grad is not None
             told = pending or self._log is not None or self.searcher is not None
             if self._direct:
                 placed = torch.empty(n, 2, dtype=torch.int64) if told else None
-                counts = self._table.write(
-                    self.keys.data_ptr(), self.values.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(),
+                self._table.write(
+                    own_keys.data_ptr(), own_values.data_ptr(), keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(),
                     0 if which is None else which.data_ptr(), a, n, self.alpha, 0 if placed is None else placed.data_ptr(),
                 )  # fmt: skip
-                torch._C._increment_version((self.keys, self.values))  # a backward that wants what was there raises
+                torch._C._increment_version((own_keys, own_values))  # a backward that saved them raises
             else:
-                which = torch.full((n,), a) if which is None else which
-                placed, counts = self._write_rows(keys, values, hashes, which)
-            c = self._counts
-            c["updated"] += counts[0]
-            c["appended"] += counts[1]
-            c["replaced"] += counts[2]
-            c["rejected"] += counts[3]
+                placed = self._write_rows(keys, values, hashes, torch.full((n,), a) if which is None else which)
             if told and n:
-                which = torch.full((n,), a) if which is None else which
-                self._tell(keys, hashes, which, placed, pending)
+                self._tell(keys, hashes, torch.full((n,), a) if which is None else which, placed, pending)
 
     def _entries(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Checked keys [n, D] and values [n, V] of the store's dtype."""
@@ -468,8 +461,8 @@ class DND:
         return which
 
     @torch.no_grad()
-    def _write_rows(self, keys: Tensor, values: Tensor, hashes: Tensor | None, which: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """What the compiled table does itself, in tensors: [n, 2] slots and kinds, and how many there were of each kind."""
+    def _write_rows(self, keys: Tensor, values: Tensor, hashes: Tensor | None, which: Tensor) -> Tensor:
+        """What the compiled table does itself, in tensors: [n, 2] slots and kinds."""
         r, n = self._rings, keys.shape[0]
         hashes = _table.hash_rows(keys) if hashes is None else hashes
         good = (keys.isfinite().all(1) & values.isfinite().all(1)).cpu().nonzero().squeeze(1)
@@ -500,7 +493,9 @@ class DND:
                 self._clock += len(rows)
             for a in which.unique().tolist():
                 r.set_count(a, self._table.size(a))
-        return placed, tuple(torch.bincount(placed[:, 1], minlength=4).tolist())
+        for kind, count in zip(_WRITTEN, torch.bincount(placed[:, 1], minlength=4).tolist(), strict=True):
+            self._counts[kind] += count
+        return placed
 
     def _tell(self, keys: Tensor, hashes: Tensor | None, which: Tensor, placed: Tensor, pending: bool) -> None:
         """Those who need to know of written rows: gradients that wait, the searcher, the log."""
@@ -603,19 +598,21 @@ class DND:
         r = self._rings
         changed = []
         with self._lock, r.changing():
-            for name, ring, flat in (("keys", self.keys, r.flat_keys), ("values", self.values, r.flat_values)):
+            for column, (name, ring, flat) in enumerate(zip(RINGS, (self.keys, self.values), (r.flat_keys, r.flat_values), strict=True)):
                 if ring.grad is None or (name == "keys" and not keys):
                     continue
                 rows, grad = used_rows(ring.grad)
-                state = r.state[name]
-                old = flat[rows]
-                new, after = self.optimizer.update(old, grad.to(old.dtype), {s: t[rows] for s, t in state.items()}, lr)
+                old, before = flat[rows], r.state_of(name, rows)
+                step = (rows.new_zeros(len(rows)) if r.steps is None else r.steps[rows, column].long()) + 1
+                new, after = self.optimizer.update(old, grad.to(old.dtype), before, step[:, None].double(), lr)
                 good = new.isfinite().all(1, keepdim=True)
                 for t in after.values():
                     good &= t.isfinite().all(1, keepdim=True)
                 self._refused += (~good).sum()
                 for s, t in after.items():
-                    state[s][rows] = torch.where(good, t, state[s][rows])
+                    r.state[name][s][rows] = torch.where(good, t, before[s])
+                if r.steps is not None:
+                    r.steps[rows, column] = (step - 1 + good.squeeze(1).long()).int()
                 new = torch.where(good, new, old)
                 if name == "keys":
                     r.set_keys(rows, new)
@@ -634,9 +631,11 @@ class DND:
     def stats(self) -> Stats:
         """How much the store holds and what happened to it."""
         r = self._rings
-        tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, *r.state_tensors().values())
-        refused = int(self._refused)
-        return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **self._counts, rows_refused=refused)
+        tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, r.steps, *r.state_tensors().values())
+        counts = dict(self._counts)
+        if self._direct:
+            counts |= zip(_WRITTEN, self._table.written(), strict=True)
+        return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **counts, rows_refused=int(self._refused))
 
     def __reduce__(self) -> tuple:
         """What a spawned process gets: a reader of the same memory."""
@@ -691,12 +690,15 @@ class DND:
                     self._table.oldest(a, r.stamps[a * self.capacity : a * self.capacity + n].argsort().cpu().numpy())
             rows = self._taken().to(self.device)
             tables = [(torch.from_numpy(self._table.hashes(a)), torch.from_numpy(self._table.order(a))) for a in range(self.dictionaries)]
-            tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors()}
+            state = {f"{ring}.{name}": t for ring in RINGS for name, t in r.state_of(ring, rows).items()}
+            if r.steps is not None:
+                state["steps"] = r.steps[rows]
+            tensors = {"keys": r.flat_keys[rows], "values": r.flat_values[rows], **state}
             return {
                 "counts": torch.tensor(counts, dtype=torch.int64),
                 "hashes": torch.cat([t[0] for t in tables]),
                 "order": torch.cat([t[1] for t in tables]),
-                **{name: t[rows].cpu() for name, t in tensors.items()},
+                **{name: t.cpu() for name, t in tensors.items()},
             }
 
     @torch.no_grad()
@@ -712,7 +714,7 @@ class DND:
         total = sum(counts)
         if len(counts) != A or not all(0 <= n <= N for n in counts):
             raise ValueError(f"memcore.DND.load_state_dict: 'counts' must be {A} numbers of 0..{N}, got {counts}")
-        tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors()}
+        tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors(), **({} if r.steps is None else {"steps": r.steps})}
         want = {"hashes": (total,), "order": (total,), **{name: (total, t.shape[1]) for name, t in tensors.items()}}
         have = {name: tuple(t.shape) for name, t in state.items() if name != "counts"}
         for name in sorted(want.keys() | have.keys()):
@@ -763,7 +765,7 @@ class DND:
             self._log.restart()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", searcher: Any = None) -> "DND":
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", searcher: Searcher | None = None) -> "DND":
         """The store that `save` wrote, order of use and optimizer's state included.
 
         Raises:
@@ -774,7 +776,7 @@ class DND:
     @classmethod
     def open(
         cls, folder: str | os.PathLike[str], dictionaries: int | None = None, capacity: int | None = None, key_width: int | None = None,
-        value_width: int = 1, *, device: torch.device | str = "cpu", searcher: Any = None, **settings: Any,
+        value_width: int = 1, *, device: torch.device | str = "cpu", searcher: Searcher | None = None, **settings: Any,
     ) -> "DND":  # fmt: skip
         """The store in a folder, which survives crashes: what was there at the last `flush` (or `save`) is there again.
 

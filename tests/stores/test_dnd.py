@@ -243,6 +243,15 @@ def test_touch_and_no_touch(Store):
     assert store.find([0, 1, 2, 3]).tolist() == [-1, 1, 2, 0]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_neighbours_count_as_used_in_their_order(Store, own):
+    store = Store(1, 5, 1, neighbours=2)
+    store.write(torch.arange(5.0)[:, None], torch.zeros(5), range(5))
+    query = torch.tensor([[3.1], [1.1], [3.1]])  # 3 then 4 nearest; 1, 2; 3, 4
+    store.lookup(query, dictionary=torch.zeros(3, dtype=torch.int64) if own else None)
+    assert store.state_dict()["order"].tolist() == [0, 2, 1, 4, 3]
+
+
 BAD = {
     "capacity 0": (lambda s: DND(1, 0, 3), ValueError, "memcore.DND: 'capacity' must be at least 1, got 0"),
     "dictionaries": (lambda s: DND(0, 4, 3), ValueError, "'dictionaries' must be at least 1"),
@@ -387,10 +396,10 @@ def test_no_rows_are_touched_that_no_lookup_found():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if func not in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.view.default):
-                for t in out if isinstance(out, (tuple, list)) else (out,):
-                    if isinstance(t, torch.Tensor) and t.layout == torch.strided and not any(t is a for a in args):
-                        self.made = max(self.made, t.untyped_storage().nbytes() if t._base is None else 0)
+            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor) and a.layout == torch.strided}
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor) and t.layout == torch.strided and t.untyped_storage().data_ptr() not in given:
+                    self.made = max(self.made, t.untyped_storage().nbytes())
             return out
 
     store = DND(1, 100_000, 16, neighbours=5)

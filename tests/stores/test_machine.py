@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from stores import KINDS, Model, check, kind_of_store
@@ -22,7 +22,7 @@ DICTIONARY = st.integers(0, A - 1)
 
 
 class Machine(RuleBasedStateMachine):
-    kind = "compiled"
+    kind, steps = "compiled", 0
 
     @initialize(N=st.sampled_from([1, 2, 5, 8]), bf16=st.booleans())
     def start(self, N, bf16):
@@ -140,17 +140,20 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def same(self):
         if hasattr(self, "store"):
+            type(self).steps += 1
             check(self.store, self.model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_histories(kind):
-    run_state_machine_as_test(type("M", (Machine,), {"kind": kind}), settings=settings(max_examples=12, stateful_step_count=30, deadline=None))
+    few = settings(max_examples=12, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    run_state_machine_as_test(type("M", (Machine,), {"kind": kind}), settings=few)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_thousand_steps(kind):
-    run_state_machine_as_test(
-        type("M", (Machine,), {"kind": kind}), settings=settings(max_examples=200, stateful_step_count=60, deadline=None, derandomize=False)
-    )
+    many = settings(max_examples=220, stateful_step_count=60, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
+    machine = type("M", (Machine,), {"kind": kind, "steps": 0})
+    run_state_machine_as_test(machine, settings=many)
+    assert machine.steps >= 10_000, machine.steps
