@@ -42,6 +42,8 @@ __all__ = ["COMMITTED", "EXCEPT", "Mutant", "judge", "launches", "mutants", "qui
 
 COMMITTED = ROOT / "results" / "gpu" / "mutants.json"
 _SCALAR = "one thread stores what every thread holds: the compiler's predicate saves stores"
+_NO_HEADS = "the only program that has it was compiled for a step without write heads, whose loop over them never runs"
+_NO_READS = "the only program that has it was compiled for a step without read heads, which stores nothing of this sum"
 _ONE_ROUND = "its program's tile holds all slots (BL = power(N) up to 1024), so that the loop never goes round again in any launch"
 _OWN_SCRATCH = (
     "shared with kernels of fewer stages, which give it tensors and kill it; ntm_step gives it scratch of its own, where padding heads, slots "
@@ -51,6 +53,10 @@ EXCEPT: dict[tuple[str, str, str], str] = {
     ("content_addressing", "mask", "triton.py:111"): _SCALAR,
     ("lrua_write", "mask", "triton.py:44"): _SCALAR,
     ("content_addressing", "barrier", "triton.py:206"): _ONE_ROUND,
+    ("ntm_step", "barrier", "_triton.py<triton.py:296"): _NO_HEADS,
+    ("ntm_step", "warp", "_triton.py<triton.py:296"): _NO_HEADS,
+    ("ntm_step", "warp", "_triton.py<triton.py:305"): _NO_HEADS,
+    ("ntm_step", "shuffle", "triton.py:223"): _NO_READS,
     ("content_addressing", "warp", "triton.py:206"): _ONE_ROUND,
     # address and address_bwd: strength, similarities, gate, gamma; erased: erase vectors; ntm_step's similarities.
     **{("ntm_step", "mask", f"_triton.py<_triton.py:{n}"): _OWN_SCRATCH for n in (359, 360, 362, 369, 407, 408, 410, 412, 472, 549)},
