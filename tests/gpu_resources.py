@@ -116,7 +116,10 @@ def cuobjdump() -> str | None:
 
 def _dump(path: str | Path) -> list[tuple[str, str, dict[str, int]]]:
     """(architecture, kernel's symbol, resources) of a library or cubin."""
-    text = subprocess.run([cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True)
+    if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
+        done.check_returncode()
+    text = done.stdout
     found, arch = [], ""
     for line in re.finditer(r"^arch = (\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text, re.M):
         if line[1]:
