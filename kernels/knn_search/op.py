@@ -22,7 +22,7 @@ class KnnCache(NamedTuple):
     norms: Tensor
     """[.., N] squared norms, float32 (float64 for float64 keys)."""
     mirror: Tensor | None = None
-    """[.., N, D] keys.bfloat16() of float32 keys: the search reads these and a few of the keys."""
+    """[.., N, D] keys.bfloat16() of float32 keys; no kernel reads it yet."""
     rounding: Tensor | None = None
     """[..] at least max |mirror - key| / |key|, float32; without it 2^-8."""
 
@@ -60,8 +60,7 @@ def knn_cache(keys: Tensor, *, bf16: bool = False) -> KnnCache:
 
     Args:
         keys: [N, D] or [A, N, D].
-        bf16: keep a copy in bfloat16, too (float32 keys). It is what a search then reads: half the memory traffic, and the CPU's bfloat16
-            products where it has them. Neighbours are still exact: see kernels/knn_search/README.md.
+        bf16: keep a copy in bfloat16, too (float32 keys). No kernel reads it yet.
 
     Returns:
         KnnCache. It does not follow later changes of the keys.
@@ -199,7 +198,7 @@ def knn_search(
         count: how many rows are valid, an int or an integer tensor [A]; the rows behind are never read. A tensor is clamped to 0..N.
         sparse: gradients of keys are sparse tensors that hold the rows found and no others (as of torch.nn.Embedding(sparse=True)), so
             that the backward's cost does not depend on N. Eager, first derivatives.
-        cache: `knn_cache(keys)`, which spares the search its norms, and with bf16=True half its memory traffic.
+        cache: `knn_cache(keys)`, which spares the search its norms.
 
     Returns:
         (distances, indices int64), each [Q, K], or [A, Q, K] with stacked keys. Distances are differentiable to any order in query and

@@ -272,20 +272,19 @@ def digits():
 
 
 @pytest.mark.skipif("native" not in PATHS[-1], reason="the native library is not built")
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_nearest_digit(digits, operators, bf16):
+def test_nearest_digit(digits, operators):
     """1-nearest-neighbour error on raw pixels: 3.09 %, the published figure."""
     x, test, label, wanted = digits
-    _, i = knn_search(test, x, 1, cache=knn_cache(x, bf16=bf16))
+    _, i = knn_search(test, x, 1, cache=knn_cache(x))
     assert int((label[i[:, 0]] != wanted).sum()) == 309
 
 
-@pytest.mark.parametrize("cached", ["none", "norms", "bf16"])
+@pytest.mark.parametrize("cached", ["none", "norms"])
 def test_sift_neighbours(two_backends, cached):
     """Exactly those given, ties by lower index; squared distances are whole numbers."""
     v = need(data.vectors)
     base, query = torch.from_numpy(v.base).float(), torch.from_numpy(v.query).float()
-    cache = None if cached == "none" else knn_cache(base, bf16=cached == "bf16")
+    cache = None if cached == "none" else knn_cache(base)
     d, i = knn_search(query, base, 100, cache=cache)
     assert torch.equal(i, torch.from_numpy(v.neighbors).long())
     assert torch.equal(d, torch.from_numpy(v.sqdist).float())
