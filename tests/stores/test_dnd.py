@@ -309,8 +309,8 @@ def test_copies_and_pickles(Store):
     other.write(torch.zeros(1, 5), 1.0, dictionary=0)
     assert other.counts == [31, 30] and store.counts == [30, 30]
     address = store.keys.data_ptr()
-    config, tensors = store.__reduce__()[1]
-    reader = store.__reduce__()[0](config, tensors)
+    make, arguments = store.__reduce__()
+    reader = make(*arguments)
     store.write(torch.full((1, 5), 9.0), 4.0, 77, dictionary=0)  # after the rows have moved into shared memory
     assert store.keys.data_ptr() != address
     assert reader.lookup(torch.full((1, 5), 9.0), 1).output[0].item() == 4 and reader.counts == store.counts
