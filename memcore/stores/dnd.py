@@ -4,8 +4,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..functional import KnnCache, KnnLookup, knn_lookup, knn_search
+from ..functional import KnnLookup, knn_lookup
 from . import _files, _table
-from ._optimizers import OPTIMIZERS, RowOptimizer, as_optimizer
+from ._lookup import Lookup
+from ._optimizers import RowOptimizer, as_optimizer
 from ._rings import RINGS, Rings, drop_rows, used_rows
+from ._state import State
 from .searchers import Searcher
 
 __all__ = ["DND", "Stats"]
@@ -56,7 +57,7 @@ class Stats(NamedTuple):
     """Optimizer steps of a row that would have made it NaN or Inf."""
 
 
-class DND:
+class DND(Lookup, State):
     """Dictionaries from keys to values whose read is the weighted mean of the nearest entries' values.
 
     read(h) = sum_i w_i v_i over the `neighbours` nearest keys h_i of h, w_i = k(h, h_i) / sum_j k(h, h_j), as `knn_lookup` has it. The A
@@ -250,74 +251,6 @@ class DND:
         for t in (found.output, found.weights, found.distances):
             if t.requires_grad:
                 t.register_hook(check)
-
-    @property
-    def _cache(self) -> KnnCache:
-        r = self._rings
-        return KnnCache(r.norms, r.mirror, r.rounding)
-
-    def _find(self, query: Tensor, k: int, which: Tensor | None) -> KnnLookup:
-        r = self._rings
-        options = {"kernel": self.kernel, "delta": self.delta, "metric": self.metric, "sparse": True}
-        if which is None and self.searcher is None:
-            return knn_lookup(query, r.keys, r.values, k, count=r.count, cache=self._cache, **options)
-        if which is not None:
-            slots = self._slots_of_own(query.detach(), k, which)[:, None]  # [Q, 1, C]
-            owner, query = which.to(self.device), query[:, None]
-        else:
-            slots = self.searcher.candidates(query.detach(), k)  # [A, Q, C]
-            owner = torch.arange(self.dictionaries, device=self.device)
-            query = query if query.dim() == 3 else query.expand(self.dictionaries, *query.shape)
-        if self.searcher is not None:
-            slots = self._nearest(query.detach(), slots, owner, k)
-        found = self._read(query, slots, owner, options)
-        return found if which is None else KnnLookup(*(t.squeeze(1) for t in found))
-
-    def _slots_of_own(self, query: Tensor, k: int, which: Tensor) -> Tensor:
-        """[Q, C] candidates of queries that ask one dictionary each."""
-        r = self._rings
-        A, Q = self.dictionaries, query.shape[0]
-        if self.device.type != "cpu":  # grouping them would wait for the device
-            stacked, place = query, torch.arange(Q, device=self.device)
-        else:
-            order = which.argsort(stable=True)
-            sizes = torch.bincount(which, minlength=A)
-            place = torch.empty_like(order)
-            place[order] = torch.arange(Q) - (sizes.cumsum(0) - sizes)[which[order]]
-            stacked = query.new_full((A, int(sizes.max()) if Q else 0, self.key_width), torch.nan)  # NaN queries search nothing
-            stacked[which, place] = query
-        if self.searcher is not None:
-            found = self.searcher.candidates(stacked, k)
-        else:
-            with torch.no_grad():
-                found = knn_search(stacked, r.keys, k, metric=self.metric, count=r.count, cache=self._cache)[1]
-        return found[which.to(self.device), place]
-
-    def _rows_of(self, slots: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots [P, Q, C] ascending, as the lowest wins ties, those that are none (-1) last; their rows [P * Q, C]; how many there are [P * Q]."""
-        slots = torch.where(slots < 0, self.capacity, slots).sort(-1).values
-        none = slots == self.capacity
-        rows = torch.where(none, -1, owner[:, None, None] * self.capacity + slots)
-        return torch.where(none, -1, slots).flatten(0, 1), rows.flatten(0, 1), (~none).sum(-1).flatten()
-
-    @torch.no_grad()
-    def _nearest(self, query: Tensor, slots: Tensor, owner: Tensor, k: int) -> Tensor:
-        """The k nearest [P, Q, K] of candidates [P, Q, C] by true distance; query [P, Q, D], owner [P] their dictionary."""
-        slots, rows, valid = self._rows_of(slots, owner)
-        keys = self._rings.flat_keys[rows.clamp_min(0)]
-        found = knn_search(query.reshape(-1, 1, self.key_width), keys, k, metric=self.metric, count=valid)[1].squeeze(1)
-        found = torch.where(found < 0, -1, slots.gather(-1, found.clamp_min(0))) if slots.shape[1] else found
-        return found.reshape(*query.shape[:2], k)
-
-    def _read(self, query: Tensor, slots: Tensor, owner: Tensor, options: dict[str, Any]) -> KnnLookup:
-        """The read of these neighbours [P, Q, K]."""
-        P, Q, K = slots.shape
-        slots, rows, valid = self._rows_of(slots, owner)
-        keys, values = _Gather.apply(self.keys, rows), _Gather.apply(self.values, rows)
-        found = knn_lookup(query.reshape(P * Q, 1, -1), keys, values, K, count=valid, **{**options, "sparse": False})
-        at = found.indices.squeeze(1)
-        at = torch.where(at < 0, -1, slots.gather(-1, at.clamp_min(0)))
-        return KnnLookup(*(t.reshape(P, Q, t.shape[-1]) for t in found._replace(indices=at)))
 
     # Order of use -----------------------------------------------------------------------------------------------------
 
@@ -626,8 +559,6 @@ class DND:
             if changed and self._log is not None:
                 self._log.rows(torch.cat(changed).unique())
 
-    # All of it --------------------------------------------------------------------------------------------------------
-
     def stats(self) -> Stats:
         """How much the store holds and what happened to it."""
         r = self._rings
@@ -637,111 +568,9 @@ class DND:
             counts |= zip(_WRITTEN, self._table.written(), strict=True)
         return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **counts, rows_refused=int(self._refused))
 
-    def __reduce__(self) -> tuple:
-        """What a spawned process gets: a reader of the same memory."""
-        self._here("pickle", write=False)
-        r = self._rings
-        with self._lock:
-            r.share()
-            self._bind()
-        names = ("norms", "mirror", "rounding", "head", "count")
-        return _as_reader, (self.config(), {"keys": self.keys.detach(), "values": self.values.detach(), **{n: getattr(r, n) for n in names}})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DND":
-        copy = DND.from_config(self.config(), device=self.device)
-        copy.load_state_dict(self.state_dict())
-        return copy
-
     def __repr__(self) -> str:
         sizes = f"{self.dictionaries}, {self.capacity}, {self.key_width}, {self.value_width}"
         return f"DND({sizes}, neighbours={self.neighbours}, alpha={self.alpha}, optimizer={self.optimizer}) with {len(self)} entries"
-
-    def config(self) -> dict[str, Any]:
-        """The arguments it was made with, device and searcher apart, as plain data."""
-        optimizer = None
-        if self.optimizer is not None:
-            name = next(n for n, kind in OPTIMIZERS.items() if isinstance(self.optimizer, kind))
-            optimizer = {"name": name, **asdict(self.optimizer)}
-        plain = ("dictionaries", "capacity", "key_width", "value_width", "neighbours", "kernel", "delta", "metric", "alpha", "grad_keys", "bf16")
-        return {**{name: getattr(self, name) for name in plain}, "dtype": str(self.dtype)[6:], "optimizer": optimizer}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], **more: Any) -> "DND":
-        """An empty store of a `config()`."""
-        given = dict(config)
-        optimizer = given.pop("optimizer")
-        if optimizer is not None:
-            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in optimizer.items() if k != "name"}
-            optimizer = OPTIMIZERS[optimizer["name"]](**settings)
-        return cls(**{**given, "dtype": getattr(torch, given["dtype"]), "optimizer": optimizer, **more})
-
-    def _taken(self) -> Tensor:
-        """Rows that hold entries, dictionary by dictionary."""
-        return torch.cat([a * self.capacity + torch.arange(n) for a, n in enumerate(self.counts)])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every entry with hash, place in the order of use and optimizer's state, copied to the host."""
-        self._here("state_dict")
-        r = self._rings
-        with self._lock:
-            counts = self.counts
-            if r.stamps is not None:  # the device knows the order
-                for a, n in enumerate(counts):
-                    self._table.oldest(a, r.stamps[a * self.capacity : a * self.capacity + n].argsort().cpu().numpy())
-            rows = self._taken().to(self.device)
-            tables = [(torch.from_numpy(self._table.hashes(a)), torch.from_numpy(self._table.order(a))) for a in range(self.dictionaries)]
-            state = {f"{ring}.{name}": t for ring in RINGS for name, t in r.state_of(ring, rows).items()}
-            if r.steps is not None:
-                state["steps"] = r.steps[rows]
-            tensors = {"keys": r.flat_keys[rows], "values": r.flat_values[rows], **state}
-            return {
-                "counts": torch.tensor(counts, dtype=torch.int64),
-                "hashes": torch.cat([t[0] for t in tables]),
-                "order": torch.cat([t[1] for t in tables]),
-                **{name: t.cpu() for name, t in tensors.items()},
-            }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace the content by that of a `state_dict` of a store of the same sizes and optimizer.
-
-        Raises:
-            ValueError: it does not fit. The store is as it was then.
-        """
-        self._here("load_state_dict")
-        r, A, N = self._rings, self.dictionaries, self.capacity
-        counts = state["counts"].tolist() if isinstance(state.get("counts"), Tensor) else []
-        total = sum(counts)
-        if len(counts) != A or not all(0 <= n <= N for n in counts):
-            raise ValueError(f"memcore.DND.load_state_dict: 'counts' must be {A} numbers of 0..{N}, got {counts}")
-        tensors = {"keys": r.flat_keys, "values": r.flat_values, **r.state_tensors(), **({} if r.steps is None else {"steps": r.steps})}
-        want = {"hashes": (total,), "order": (total,), **{name: (total, t.shape[1]) for name, t in tensors.items()}}
-        have = {name: tuple(t.shape) for name, t in state.items() if name != "counts"}
-        for name in sorted(want.keys() | have.keys()):
-            if want.get(name) != have.get(name):
-                raise ValueError(
-                    f"memcore.DND.load_state_dict: {name!r} must have shape {want.get(name, 'none (absent)')}, got {have.get(name, 'none (absent)')}"
-                )
-        parts = [(h.unique().numel() == n and s.sort().values.equal(torch.arange(n))) for n, h, s in self._split(state, counts)]
-        if not all(parts) or not all(state[name].isfinite().all() for name in ("keys", "values")):
-            raise ValueError("memcore.DND.load_state_dict: 'hashes', 'order', 'keys' and 'values' must be those of distinct finite entries")
-        with self._lock:
-            self.clear()
-            with r.changing():
-                for a, (n, hashes, order) in enumerate(self._split(state, counts)):
-                    self._table.put(torch.full((n,), a).numpy(), hashes.numpy())
-                    self._table.oldest(a, order.numpy())
-                    if r.stamps is not None:
-                        r.stamps[a * N + order.to(self.device)] = self._clock + 1 + torch.arange(n, device=self.device)
-                    r.set_count(a, n)
-                self._clock += max(counts, default=0)
-                rows = self._taken().to(self.device)
-                r.set_keys(rows, state["keys"].to(self.device, self.dtype))
-                for name, t in tensors.items():
-                    if name != "keys":
-                        t[rows] = state[name].to(self.device, t.dtype)
-            if self.searcher is not None:
-                self.searcher.changed(rows.cpu())
 
     # Files ------------------------------------------------------------------------------------------------------------
 
@@ -823,35 +652,3 @@ class DND:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @staticmethod
-    def _split(state: dict[str, Tensor], counts: list[int]) -> Iterable[tuple[int, Tensor, Tensor]]:
-        return list(zip(counts, state["hashes"].split(counts), state["order"].split(counts), strict=True))
-
-
-class _Gather(torch.autograd.Function):
-    """Rows [..] of a ring [A, N, W], zeros for -1; the gradient holds these rows alone."""
-
-    @staticmethod
-    def forward(ctx: Any, ring: Tensor, rows: Tensor) -> Tensor:
-        ctx.shape = ring.shape
-        ctx.save_for_backward(rows)
-        return torch.where(rows[..., None] < 0, 0, ring.flatten(0, 1)[rows.clamp_min(0)])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        used, N = rows >= 0, ctx.shape[1]
-        rows = rows[used]
-        return torch.sparse_coo_tensor(torch.stack([rows // N, rows % N]), grad[used], ctx.shape, check_invariants=False), None
-
-
-def _as_reader(config: dict[str, Any], tensors: dict[str, Tensor | None]) -> DND:
-    store = DND.from_config({**config, "capacity": 1, "optimizer": None, "grad_keys": False}, device=tensors["keys"].device)
-    store.capacity, store._table, store._direct = config["capacity"], None, False
-    for name, t in tensors.items():
-        setattr(store._rings, name, t)
-    store._rings.views()
-    store.keys, store.values = store._rings.keys, store._rings.values
-    return store

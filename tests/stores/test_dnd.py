@@ -252,6 +252,23 @@ def test_neighbours_count_as_used_in_their_order(Store, own):
     assert store.state_dict()["order"].tolist() == [0, 2, 1, 4, 3]
 
 
+def test_a_deletion_moves_the_last_entry_with_all_that_is_its(Store):
+    store = Store(1, 3, 2, neighbours=1)
+    store.write(torch.eye(3)[:, :2], torch.tensor([1.0, 2.0, 3.0]), [10, 11, 12])
+    store.lookup(torch.tensor([[0.0, 0.0]])).output.sum().backward()  # trains and uses 12
+    store.step(0.1)
+    store.lookup(torch.tensor([[0.0, 1.0]]))  # then 11 is used
+    before = store.state_dict()
+    store.delete(10)
+    after = store.state_dict()
+    assert after["hashes"].tolist() == [12, 11] and after["order"].tolist() == [0, 1]
+    for name in ("keys", "values", "values.exp_avg", "steps"):
+        assert torch.equal(after[name], before[name][[2, 1]])
+    assert after["steps"][0].tolist() != [0, 0]
+    store.write(torch.ones(2, 2), torch.ones(2), [13, 14])  # 13 is new, 14 takes the place of 12
+    assert store.find([11, 12, 13, 14]).tolist() == [1, -1, 2, 0]
+
+
 BAD = {
     "capacity 0": (lambda s: DND(1, 0, 3), ValueError, "memcore.DND: 'capacity' must be at least 1, got 0"),
     "dictionaries": (lambda s: DND(0, 4, 3), ValueError, "'dictionaries' must be at least 1"),
@@ -309,8 +326,8 @@ def test_copies_and_pickles(Store):
     other.write(torch.zeros(1, 5), 1.0, dictionary=0)
     assert other.counts == [31, 30] and store.counts == [30, 30]
     address = store.keys.data_ptr()
-    config, tensors = store.__reduce__()[1]
-    reader = store.__reduce__()[0](config, tensors)
+    make, arguments = store.__reduce__()
+    reader = make(*arguments)
     store.write(torch.full((1, 5), 9.0), 4.0, 77, dictionary=0)  # after the rows have moved into shared memory
     assert store.keys.data_ptr() != address
     assert reader.lookup(torch.full((1, 5), 9.0), 1).output[0].item() == 4 and reader.counts == store.counts
