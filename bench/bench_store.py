@@ -22,8 +22,8 @@ def _rounds(*columns: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
     return itertools.cycle(list(zip(*(c.split(1) if c.shape[0] == 256 else c for c in columns), strict=True))).__next__
 
 
-def _memcore(keys: torch.Tensor, values: torch.Tensor, one: Callable, many: Callable, query: torch.Tensor, bf16: bool) -> Calls:
-    ring = stores.DND(1, len(keys), D, neighbours=K, bf16=bf16)
+def _memcore(keys: torch.Tensor, values: torch.Tensor, one: Callable, many: Callable, query: torch.Tensor) -> Calls:
+    ring = stores.DND(1, len(keys), D, neighbours=K)
     ring.write(keys, values)
 
     def pair() -> None:
@@ -79,8 +79,7 @@ def store(run: Run) -> None:
         one = _rounds(torch.randn(256, D, generator=g), torch.randn(256, 1, generator=g))
         many = _rounds(torch.randn(64, BATCH, D, generator=g), torch.randn(64, BATCH, 1, generator=g))
         variants = {
-            "memcore": _memcore(keys, values, one, many, query, False),
-            "bf16": _memcore(keys, values, one, many, query, True),
+            "memcore": _memcore(keys, values, one, many, query),
             "eager": _eager(keys, values, one, query),
         }
         try:
@@ -97,8 +96,8 @@ def store(run: Run) -> None:
             steps = BATCH if op.endswith(str(BATCH)) else 1
             run.add("store", op, f"(N={N},D={D},K={K})", "an entry" if steps > 1 else "a call", 1,
                     {name: timings[op, name] for name in variants if (op, name) in timings}, steps=steps)  # fmt: skip
-            rows = [r for r in run.rows if r["suite"] == "store" and r["op"] == op and r["variant"] in ("memcore", "bf16")]
-            ours |= {(op, N): next(r for r in reversed(rows) if r["variant"] == "memcore")}
+            rows = [r for r in run.rows if r["suite"] == "store" and r["op"] == op and r["variant"] == "memcore"]
+            ours[op, N] = rows[-1]
         if not run.quick:
             _judge(ours, timings, N)
     if not run.quick:
