@@ -155,14 +155,14 @@ def _growth(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
 
 def _store(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the store's table, in microseconds."""
-    names = [n for n in ("memcore", "bf16", "eager", "faiss") if any(r["variant"] == n for r in rows)]
-    head = [_HEADS["store"], "of", *(f"{'memcore, bf16 copy' if n == 'bf16' else n}, us" for n in names), *(f"vs {n}" for n in names[2:]), "gate", "met"]
+    names = [n for n in ("memcore", "eager", "faiss") if any(r["variant"] == n for r in rows)]
+    head = [_HEADS["store"], "of", *(f"{n}, us" for n in names), *(f"vs {n}" for n in names[1:]), "gate", "met"]
     lines = []
     for group in _grouped(rows).values():
         ours = group["memcore"]
         lines.append([
             f"{ours['op']} {ours['shape']}", ours["pass"], *(f"{1e3 * group[n]['ms_median']:.3g}" if n in group else "" for n in names),
-            *(_times(group[n]["ms_median"] / ours["ms_median"]) if n in group else "" for n in names[2:]),
+            *(_times(group[n]["ms_median"] / ours["ms_median"]) if n in group else "" for n in names[1:]),
             ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",
         ])  # fmt: skip
     return head, lines
