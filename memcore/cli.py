@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "Options left out come from the preset (table below).",
         **raw,
     )
-    p.add_argument("model", choices=("ntm", "mann", "lstm", "nec"), help="what to train; nec has flags of its own: memcore train nec --help")
+    p.add_argument("model", choices=("ntm", "mann", "lstm", "nec"), help="what to train; memcore train nec --help: its own flags")
     p.add_argument("--task", metavar="TASK", help=f"one of {', '.join(TASKS)} (default: omniglot for mann, else copy)")
     p.add_argument("--preset", default=None, help="default (CPU minutes) or paper (the published settings)")
     p.add_argument(
@@ -368,7 +368,8 @@ def _eval(args: argparse.Namespace) -> int:
     from .train.loop import CHECKPOINT, TEST_SEED, plain
 
     path = Path(args.run)
-    if load_checkpoint(path / CHECKPOINT if path.is_dir() or not path.exists() else path).meta["user"].get("model") in ("nec", "dqn"):
+    loaded = load_checkpoint(path / CHECKPOINT if path.is_dir() or not path.exists() else path)
+    if (loaded.meta.get("user") or {}).get("model") in ("nec", "dqn"):
         from .rl.cli import evaluate as evaluate_agent
 
         return evaluate_agent(args, _emit)

@@ -49,7 +49,7 @@ _bound.__name__ = "number or none"
 
 def add_arguments(p: argparse.ArgumentParser, seeds: Callable[[str], list[int]]) -> None:
     """The flags of `memcore train nec`."""
-    p.add_argument("--env", default="CartPole-v1", metavar="NAME", help="Catch, a gymnasium name (default: CartPole-v1), MinAtar/GAME-v1, ALE/GAME-v5")
+    p.add_argument("--env", default="CartPole-v1", metavar="NAME", help="Catch, a name of gymnasium's (CartPole-v1), MinAtar/GAME-v1, ALE/GAME-v5")
     p.add_argument("--agent", choices=BOTH, default="nec", help="nec, or dqn: the baseline of the same network (default: nec)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, help="of weights, episodes and exploration (default: 0)")
@@ -153,5 +153,6 @@ def evaluate(args: argparse.Namespace, emit: Callable) -> int:
         "run": str(args.run), "task": config["task"], "model": config["model"], "trained_seed": config["train"]["seed"],
         "test_episodes": args.sequences, "test_seed": seed, "test": {"mean": mean, "min": min(returns), "max": max(returns)},
     }  # fmt: skip
-    emit(document, f"{config['task']}, {config['model']}: {args.sequences} greedy episodes, mean return {mean:.2f}, from {min(returns):g} to {max(returns):g}", args.json)
+    text = f"{config['task']}, {config['model']}: {args.sequences} greedy episodes, mean return {mean:.2f}"
+    emit(document, f"{text}, from {min(returns):g} to {max(returns):g}", args.json)
     return 0

@@ -65,7 +65,9 @@ def same(a, b):
         assert a.meta["train"][key] == b.meta["train"][key], key
 
 
-@pytest.mark.parametrize("kind, name, signum", [("nec", "Catch", signal.SIGINT), ("dqn", "Catch", signal.SIGTERM), ("nec", "CartPole-v1", signal.SIGINT)])
+@pytest.mark.parametrize(
+    "kind, name, signum", [("nec", "Catch", signal.SIGINT), ("dqn", "Catch", signal.SIGTERM), ("nec", "CartPole-v1", signal.SIGINT)]
+)
 def test_a_run_resumed_in_mid_episode_is_the_uninterrupted_one(tmp_path, kind, name, signum):
     if name != "Catch":
         pytest.importorskip("gymnasium")
