@@ -14,7 +14,7 @@ _WIDE = {**_MLP, "key_width": 64}  # the DQN does better with a wider last layer
 # An entry holds `train` (arguments of `train_agent`), and for each agent its learning settings and its network.
 AGENT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "CartPole-v1": {
-        "train": {**_TRAIN, "steps": 30_000},
+        "train": {**_TRAIN, "steps": 40_000},
         "nec": _NEC,
         "nec_model": {**_MLP, "capacity": 20_000, "neighbours": 50},
         "dqn": {**_DQN, "period": 1, "batch_size": 64},
