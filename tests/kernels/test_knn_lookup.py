@@ -114,6 +114,8 @@ def test_all_dictionaries_in_one_call(backend):
 
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_sparse_gradients(backend, shape):
+    if backend == "registered":
+        pytest.skip("row-sparse gradients of a registered operator are the native library's")
     made = torch.randn(*shape, 5, 6), torch.randn(*shape, 400, 6), torch.randn(*shape, 400, 2)
     results = []
     for sparse in (False, True):

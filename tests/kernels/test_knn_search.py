@@ -219,6 +219,8 @@ def test_any_number_of_threads_and_shards(operators):
 
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_sparse_gradients(backend, shape):
+    if backend == "registered":
+        pytest.skip("row-sparse gradients of a registered operator are the native library's")
     keys, query = torch.randn(*shape, 400, 6), torch.randn(*shape, 5, 6)
     dense, sparse = keys.clone().requires_grad_(), keys.clone().requires_grad_()
     q1, q2 = query.clone().requires_grad_(), query.clone().requires_grad_()
@@ -235,6 +237,8 @@ def test_sparse_gradients(backend, shape):
 
 
 def test_sparse_gradients_know_no_padding(backend):
+    if backend == "registered":
+        pytest.skip("row-sparse gradients of a registered operator are the native library's")
     keys = KEYS.clone().requires_grad_()
     d, _ = knn_search(torch.ones(1, 2), keys, 4, sparse=True, count=2)
     d[:, :2].sum().backward()

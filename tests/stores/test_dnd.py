@@ -436,7 +436,8 @@ def test_told_once_when_the_table_is_not_built(monkeypatch, caplog):
     monkeypatch.setattr(_backend, "_told", set())
     for _ in range(3):
         DND(1, 2, 3)
-    assert [r.message for r in caplog.records] == ["memcore.DND keeps its slot table in Python: it is not built"]
+    told = [r.message for r in caplog.records if "DND" in r.message]  # plain PyTorch is told of beside it
+    assert told == ["memcore.DND keeps its slot table in Python: it is not built"]
 
 
 def test_public_name():
