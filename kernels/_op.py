@@ -116,7 +116,7 @@ def register(
     def shapes(*xs):
         out = fake(*xs)
         if saved and out[0].device.type == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"memcore::{name}_fwd", "CPU"):
-            out = (*out[:outputs], *(y.new_empty(0) for y in out[outputs:]))  # the reference runs
+            out = (*out[:outputs], *(out[0].new_empty(0) for _ in range(saved)))  # the reference runs
         return out
 
     torch.library.register_fake(f"memcore::{name}_fwd", shapes, lib=library)
