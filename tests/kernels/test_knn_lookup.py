@@ -145,6 +145,8 @@ def test_refusals():
 
 def test_the_backward_does_not_grow_with_the_dictionary(operators):
     """Row-sparse gradients of a dictionary of which only pages that are read exist."""
+    if operators == "registered":
+        pytest.skip("row-sparse gradients of a registered operator are the native library's")
     torch.utils.deterministic.fill_uninitialized_memory = False
     keys = torch.zeros(200_000, 8)
     keys[:, 0] = torch.arange(200_000)
