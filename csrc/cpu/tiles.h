@@ -25,7 +25,7 @@ template <class C> inline void from_tiles(C* rows, const C* tiles, int64_t N, in
       for (int64_t w = 0; w < W; w++) rows[i * W + w] = tiles[w * L + i];
 }
 
-// f(std::integral_constant-like value) for 0 <= n <= 5.
+// f(Number<n>) for 0 <= n <= 5, so that n is known at compile time.
 template <int n> struct Number {
   static constexpr int value = n;
 };
@@ -41,7 +41,7 @@ template <class F> MC_INLINE void with_count(int64_t n, F f) {
 }
 constexpr int64_t kMostHeads = 5;  // that one sweep takes
 
-// f(first column, how many) over all columns, B at a time.
+// f(first column, Number<how many>) over all columns, B at a time.
 template <int B, class F> MC_INLINE void over_columns(int64_t W, F f) {
   int64_t w = 0;
   for (; w + B <= W; w += B) f(w, Number<B>{});

@@ -37,8 +37,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "copy": {"train": {**_NTM_ADAM, "steps": 8_000}, "ntm": _heads(1, **_FEEDFORWARD), "lstm": _LSTM},
         # The write head walks on while the copies are due, and no sequence in range ever punishes it: 20 vectors 10 times are 221 steps, so
         # on 128 slots it comes round and overwrites them. With a controller of 100 some seeds never learn to return to the first vector.
-        # A controller without a state tells a zero vector from the zeros that stand while the copies are due by what it reads alone: it
-        # needs a second read head for that, and more of them than fair bits make.
+        # A controller without a state tells a zero vector from the zeros that stand while the copies are due by what it reads alone: hence
+        # a second read head, and more such vectors than fair bits make.
         "repeat-copy": {
             "task": {"blank": 0.05},
             "train": {**_NTM_ADAM, "steps": 100_000, "eval_every": 500, "validation": {"ragged": True}, "keep": "best"},
