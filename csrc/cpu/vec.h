@@ -164,6 +164,10 @@ template <bool WRITE> MC_INLINE void prefetch(const void* p, int64_t bytes) {
     else __builtin_prefetch((const char*)p + i, 0, 0);
   }
 }
+// Into the second cache.
+MC_INLINE void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+}
 
 // Copies past the caches what nobody reads soon; `sfence` before another thread does.
 template <class C> MC_INLINE void stream_copy(C* to, const C* from, int64_t n) {

@@ -24,7 +24,18 @@ def arguments(R, W, shift_range=1, B=3, N=20, width=7, dtype=torch.float64):
 @pytest.mark.parametrize("order", ["write_read", "read_write"])
 @pytest.mark.parametrize("R, W, shift_range", [(1, 1, 1), (4, 1, 1), (1, 3, 2), (2, 0, 1), (0, 2, 0), (1, 1, 3)])
 def test_equals_the_composition(R, W, shift_range, order):
-    args = [t.requires_grad_() for t in arguments(R, W, shift_range)]
+    compare(arguments(R, W, shift_range), R, W, shift_range, order)
+
+
+@pytest.mark.parametrize("order", ["write_read", "read_write"])
+@pytest.mark.parametrize("R, W", [(2, 1), (1, 2)])
+def test_a_memory_that_fills_the_second_cache(R, W, order):
+    """More than 256 KiB: the CPU kernel goes over it in the other direction the second time."""
+    compare(arguments(R, W, B=2, N=1043, width=65), R, W, 1, order)
+
+
+def compare(args, R, W, shift_range, order):
+    args = [t.requires_grad_() for t in args]
     options = {"read_heads": R, "write_heads": W, "shift_range": shift_range, "order": order}
     out, wanted = F.ntm_step(*args, **options), compose(*args, **options)
     assert isinstance(out, F.NTMStep) and out._fields == ("memory", "reads", "weights")
