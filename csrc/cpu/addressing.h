@@ -67,6 +67,7 @@ template <class C> class Total {
 };
 
 constexpr double kEps = 1e-8;
+constexpr int64_t kAhead = 256 << 10;  // bytes: a few memories of this size fit the second cache
 
 // ---- similarity ----
 
@@ -122,9 +123,11 @@ template <class C> struct Similarity {
 
   // key is in place; block is scratch.
   template <class T> void forward(const T* memory, const bool* mask, C* block) {
-    const int64_t step = block_rows<C>(W);
+    const int64_t step = block_rows<C>(W), size = step * W * (int64_t)sizeof(T);
+    const bool large = N * W * (int64_t)sizeof(T) > kAhead;
     for (int64_t n = 0; n < N; n += step) {
       const int64_t rows = N - n < step ? N - n : step;
+      if (large && n + 3 * step <= N) fetch(memory + (n + 2 * step) * W, size);
       dots(block_of(memory, n, rows, W, mask, block), W, rows, W, key, Wp, H, sim + n, Np, cosine ? norm2 + n : nullptr);
     }
     scale(mask);
@@ -452,6 +455,24 @@ template <class C> struct Addressing {
       dgate[h] = t.value();
       dbeta[h] = softmax_backward(d, wc, similar.sim + h * Np, extreme[h], Np, beta[h]);
     }
+  }
+};
+
+// How a kernel goes twice over each batch element's memory [N, W], `step` rows at a time. While it works on a small memory the second time it
+// asks for the next element's; over a large one it goes back, beginning with what is still in the second cache.
+template <class T> struct Passes {
+  int64_t B, N, W, step;
+  bool ahead;
+
+  Passes(int64_t B_, int64_t N_, int64_t W_, int64_t step_) : B(B_), N(N_), W(W_), step(step_), ahead(N * W * (int64_t)sizeof(T) <= kAhead) {}
+  // First row of the second pass's block instead of i, and of the block after that of row n, or -1.
+  MC_INLINE int64_t second(int64_t i) const { return ahead ? i : (N - 1) / step * step - i; }
+  MC_INLINE int64_t after(int64_t n) const {
+    const int64_t next = ahead ? n + step : n - step;
+    return next < N ? next : -1;
+  }
+  MC_INLINE void ask_next(const void* of, int64_t b, int64_t n, int64_t rows) const {
+    if (ahead && b + 1 < B) fetch((const T*)of + ((b + 1) * N + n) * W, rows * W * (int64_t)sizeof(T));
   }
 };
 

@@ -56,6 +56,7 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
   Arena arena([&](Arena& x) { e.layout(x, true); });
   const int64_t Np = e.s.Np, Wp = e.s.Wp, step = block_rows<C>(a.W);
   const RowSink<T> sink(a.B * a.N * a.W);
+  const Passes<T> passes(a.memory_stride == 0 ? 1 : a.B, a.N, a.W, step);
   for (int64_t b = begin; b < end; b++) {
     e.similar(b);
     const bool none = e.unusable(b);
@@ -69,8 +70,9 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
     e.s.backward(e.dweights, e.own, e.key_own);
     fill(e.dkey, a.H * Wp, (C)0);
     const bool shared = a.coefficients != nullptr;
-    for (int64_t n = 0; n < a.N; n += step) {
-      const int64_t rows = a.N - n < step ? a.N - n : step;
+    for (int64_t i = 0; i < a.N; i += step) {
+      const int64_t n = passes.second(i), rows = a.N - n < step ? a.N - n : step;
+      passes.ask_next(a.memory, b, n, rows);
       const C* m = block_of(e.memory(b), n, rows, a.W, e.mask(b), e.block);
       if (shared) {
         similarity_rows<T>(e.s, m, n, rows, nullptr, nullptr, e.dweights, e.own, e.dkey);

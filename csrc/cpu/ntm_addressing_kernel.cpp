@@ -48,8 +48,10 @@ template <class T> struct Heads {
     s.backward(dw, dbeta, dgate, dshift, dgamma, dprevious);
     s.similar.backward(dw, own, key_own);
     fill(dkey, H * Wp, (C)0);
-    for (int64_t n = 0; n < a.N; n += step) {
-      const int64_t rows = a.N - n < step ? a.N - n : step;
+    const Passes<T> passes(a.memory_stride == 0 ? 1 : a.B, a.N, a.W, step);
+    for (int64_t i = 0; i < a.N; i += step) {
+      const int64_t n = passes.second(i), rows = a.N - n < step ? a.N - n : step;
+      passes.ask_next(a.memory, b, n, rows);
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
       C* dm = sink.place(to, drows);

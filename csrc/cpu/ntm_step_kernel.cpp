@@ -6,8 +6,6 @@ namespace memcore {
 namespace MC_ISA {
 namespace {
 
-constexpr int64_t kAheadBytes = 256 << 10;  // of a memory, so that the next element's fits the second cache beside what is being worked on
-
 // One batch element's step. The backward keeps nothing of the forward but its inputs: it computes the addressing again.
 template <class T> struct Step {
   typedef Acc<T> C;
@@ -15,19 +13,19 @@ template <class T> struct Step {
 
   const StepArgs& a;
   const RowSink<T> sink;
+  const Passes<T> passes;
   InterfaceLayout l;
   Addressing<C> s;
   Pieces<C> p, d;
   int64_t H, I, Np, Wp, step;
-  bool fused, ahead;
+  bool fused;
   C *x, *dx, *reads, *block, *next;
   C *dw, *dprevious, *own, *key_own, *dreads, *grad, *found, *drows, *scratch;
 
-  explicit Step(const StepArgs& args) : a(args), sink(args.B * args.N * args.W), l{args.R, args.Hw, args.W, args.range} {
+  explicit Step(const StepArgs& args) : a(args), sink(args.B * args.N * args.W), passes(args.B, args.N, args.W, block_rows<C>(args.W)), l{args.R, args.Hw, args.W, args.range} {
     H = l.heads(), I = l.size();
     s.sizes(H, a.N, a.W, a.range);
-    Np = s.similar.Np, Wp = s.similar.Wp, step = block_rows<C>(a.W);
-    ahead = a.N * a.W * (int64_t)sizeof(T) <= kAheadBytes;
+    Np = s.similar.Np, Wp = s.similar.Wp, step = passes.step;
     fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kFusedReads;
   }
   void layout(Arena& arena, bool backward) {
@@ -40,18 +38,6 @@ template <class T> struct Step {
     arena.take(dx, I), arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
     arena.take(dreads, a.R * Wp), arena.take(grad, step * a.W), arena.take(found, a.R * step);
     arena.take(drows, sink.direct() ? 0 : a.N * a.W), arena.take(scratch, (2 * a.Hw + 1) * L);
-  }
-
-  // The second pass over a memory that fills the second cache begins where the first one ended, with what is still there.
-  MC_INLINE int64_t second_pass(int64_t i) const { return ahead ? i : (a.N - 1) / step * step - i; }
-  MC_INLINE int64_t after(int64_t n) const {
-    const int64_t next = ahead ? n + step : n - step;
-    return next < a.N ? next : -1;
-  }
-
-  // Asks for the same rows of the next element's memory while these are worked on.
-  MC_INLINE void ask_next(const void* of, int64_t b, int64_t n, int64_t rows) const {
-    if (ahead && b + 1 < a.B) fetch((const T*)of + ((b + 1) * a.N + n) * a.W, rows * a.W * (int64_t)sizeof(T));
   }
 
   const T* memory(int64_t b) const { return (const T*)a.memory + b * a.N * a.W; }
@@ -68,13 +54,13 @@ template <class T> struct Step {
     narrow_rows((T*)a.weights + b * H * a.N, s.weights, H, a.N, Np);
     fill(reads, a.R * Wp, (C)0);
     for (int64_t i = 0; i < a.N; i += step) {
-      const int64_t n = second_pass(i);
+      const int64_t n = passes.second(i);
       const int64_t rows = a.N - n < step ? a.N - n : step;
-      ask_next(a.memory, b, n, rows);
+      passes.ask_next(a.memory, b, n, rows);
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
       C* out = sink.place(to, next);
-      if (sink.direct() && after(n) >= 0) prefetch<true>(to + (after(n) - n) * a.W, step * a.W * (int64_t)sizeof(T));
+      if (sink.direct() && passes.after(n) >= 0) prefetch<true>(to + (passes.after(n) - n) * a.W, step * a.W * (int64_t)sizeof(T));
       if (fused) {
         write_read(out, m, rows, a.W, s.weights + a.R * Np + n, p.erase, p.add, s.weights + n, Np, a.R, reads, Wp);
         sink.finish(to, out, rows * a.W);
@@ -89,7 +75,7 @@ template <class T> struct Step {
   }
 
   void backward(int64_t b) {
-    if (ahead && a.grad_written) fetch((const T*)a.grad_written + b * a.N * a.W, a.N * a.W * (int64_t)sizeof(T));
+    if (passes.ahead && a.grad_written) fetch((const T*)a.grad_written + b * a.N * a.W, a.N * a.W * (int64_t)sizeof(T));
     address<true>(b);
     if (a.grad_weights) widen_rows(dw, (const T*)a.grad_weights + b * H * a.N, H, a.N, Np);
     else fill(dw, H * Np, (C)0);
@@ -103,14 +89,14 @@ template <class T> struct Step {
 
     // Write and reads: dmemory leaves this pass without the addressing's share.
     for (int64_t i = 0; i < a.N; i += step) {
-      const int64_t n = second_pass(i);
+      const int64_t n = passes.second(i);
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       C* dm = grown + n * a.W;
-      if (after(n) >= 0) prefetch<true>(grown + after(n) * a.W, step * a.W * (int64_t)sizeof(C));
+      if (passes.after(n) >= 0) prefetch<true>(grown + passes.after(n) * a.W, step * a.W * (int64_t)sizeof(C));
       const C* g = nullptr;
-      if (a.grad_written && after(n) >= 0)
-        prefetch<false>((const T*)a.grad_written + (b * a.N + after(n)) * a.W, step * a.W * (int64_t)sizeof(T));
+      if (a.grad_written && passes.after(n) >= 0)
+        prefetch<false>((const T*)a.grad_written + (b * a.N + passes.after(n)) * a.W, step * a.W * (int64_t)sizeof(T));
       if (a.grad_written) g = widened((const T*)a.grad_written + (b * a.N + n) * a.W, rows * a.W, grad);
       if (fused && reading && g) {
         write_read_backward(
@@ -148,8 +134,8 @@ template <class T> struct Step {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       C* dm = sink.place(dmemory + n * a.W, next);
-      ask_next(a.memory, b, n, rows);
-      if (a.grad_written) ask_next(a.grad_written, b, n, rows);
+      passes.ask_next(a.memory, b, n, rows);
+      if (a.grad_written) passes.ask_next(a.grad_written, b, n, rows);
       similarity_rows<T>(s.similar, m, n, rows, grown + n * a.W, dm, dw, own, d.key);
       sink.finish(dmemory + n * a.W, dm, rows * a.W);
     }

@@ -117,7 +117,7 @@ def test_a_batch_of_more_than_2_31_elements(backend, case, device):
         grads = torch.autograd.grad(ys, list(leaves.values()), [d.to(device).repeat(times, *[1] * (d.dim() - 1)) for d in draws])
     settled(device)
     for what, y, e in [*((f"output {i}", *p) for i, p in enumerate(zip(ys, wanted))), *((k, d, wanted_grads[k]) for k, d in zip(leaves, grads))]:
-        y = y.detach().view(times, 2, -1)
+        y = y.detach().reshape(times, 2, -1)
         assert_close(y[-1].cpu().view(e.shape), e, dtype=torch.float16, **case.tolerance(sample, small, backward=True), what=what)
         for part in y.split(256):
             assert torch.equal(part, y[-1:].expand_as(part)), f"{what}: repetitions differ"
