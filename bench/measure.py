@@ -29,6 +29,7 @@ __all__ = [
     "held_bytes",
     "interleave",
     "machine",
+    "release",
     "resident",
     "saved_bytes",
     "threads",
@@ -135,14 +136,19 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
     return total
 
 
+def release() -> None:
+    """Give free memory back to the system, which the tuned allocator never does by itself."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # malloc_trim is glibc's
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident() -> int | None:
     """Bytes of this process that are in memory and in use; None where /proc does not tell.
 
     Free memory goes back to the system first: a leak that is fed from blocks freed before would not show.
     """
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # malloc_trim is glibc's
-        ctypes.CDLL(None).malloc_trim(0)
+    release()
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

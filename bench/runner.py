@@ -69,6 +69,7 @@ class Run:
         *,
         steps: int = 1,
         bytes: float | None = None,
+        least: int | None = None,
         flops: float | None = None,
         saved: Mapping[str, int] | None = None,
         memory: int | None = None,
@@ -99,6 +100,7 @@ class Run:
                 "max": 1e3 * max(t.samples) / steps,
                 "GB/s": None if bytes is None else bytes / medians[name] / 1e9,
                 "GFLOP/s": None if flops is None else flops / medians[name] / 1e9,
+                "least_bytes": least,
                 "saved_bytes": kept,
                 "saved_memories": None if kept is None or not memory else kept / steps / memory,
                 "aten_calls": (aten or {}).get(name),
@@ -110,6 +112,7 @@ class Run:
             self.rows.append(row)
         shown = ", ".join(f"{name} {1e3 * m:.4g}" for name, m in medians.items())
         self.say(f"{suite}: {op} {shape} {kind}, {threads} thread(s), ms: {shown}")
+        measure.release()
 
 
 def _passed(gate: Gate, row: dict[str, Any]) -> bool | None:
@@ -159,6 +162,7 @@ def ops(run: Run) -> None:
                         run.add(
                             "ops", op, shape, "fwd+bwd" if backward else "fwd", count, timings,
                             bytes=2 * moved + 3 * made + grads if backward else moved + made,
+                            least=2 * (moved + made) + grads if backward else moved + made,
                             flops=case.flops(shape) * (3 if backward else 1),
                             saved=saved if backward else None,
                             gate=case.gate(size, backward),

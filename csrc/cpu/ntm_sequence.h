@@ -41,7 +41,8 @@ struct SequenceArgs {
   MC_ALWAYS int64_t groups() const { return (B + group() - 1) / group(); }
 };
 
-// Where things lie in `saved`: rows [T, B, size] of each kind, every size a multiple of 16, then copies of the memory (tiles.h).
+// Where things lie in `saved`: rows [T, B, size] of each kind, every size a multiple of 16, then copies of the memory (tiles.h), but for the first
+// one, which the inputs hold.
 struct SavedLayout {
   int64_t rows, inputs[9], sums[9], cells[9], features, interface, weights, similar, norms, copies, total;
   int64_t width_features, width_interface, width_slots;
@@ -61,7 +62,7 @@ struct SavedLayout {
     features = take(width_features), interface = take(width_interface);
     weights = take(a.H() * width_slots), similar = take(a.H() * width_slots), norms = take(width_slots);
     copies = at;
-    if (a.keep) at += (a.T + a.every - 1) / a.every * a.B * width_slots * a.W;
+    if (a.keep && a.T > 0) at += (a.T - 1) / a.every * a.B * width_slots * a.W;
     total = at;
   }
 };

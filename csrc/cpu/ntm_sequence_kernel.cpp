@@ -135,7 +135,7 @@ template <class C> struct Sequence {
   C* features(int64_t t, int64_t b) const { return row(saved.features, saved.width_features, t, b); }
   C* interface(int64_t t, int64_t b) const { return row(saved.interface, saved.width_interface, t, b); }
   C* slots(int64_t t, int64_t b) const { return row(saved.weights, H * saved.width_slots, t, b); }
-  C* copy_of(int64_t t, int64_t b) const { return (C*)a.saved + saved.copies + (t / a.every * a.B + b) * M; }
+  C* copy_of(int64_t t, int64_t b) const { return (C*)a.saved + saved.copies + ((t / a.every - 1) * a.B + b) * M; }  // t > 0
 
   // The weights that step t of element b begins with; `i` is its place in the group.
   C* previous(int64_t t, int64_t b, int64_t i) const { return t == 0 ? first + i * H * Np : slots(t - 1, b); }
@@ -229,7 +229,7 @@ template <class C> struct Sequence {
       for (int64_t i = 0; i < count; i++) {
         const int64_t b = b0 + i;
         if (!alive(t, b)) continue;
-        if (a.keep && t % a.every == 0) copy(copy_of(t, b), current + i * M, Np * a.W);
+        if (a.keep && t > 0 && t % a.every == 0) copy(copy_of(t, b), current + i * M, Np * a.W);
         step(t, b, i, current + i * M, features(t, b) + K);
         copy(feedback + i * F, features(t, b) + K, F);
       }
@@ -319,7 +319,8 @@ template <class C> struct Sequence {
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
       if (!alive(t0, b)) continue;
-      copy(rebuilt_at(t0, i), copy_of(t0, b), Np * a.W);
+      if (t0 == 0) to_tiles(rebuilt_at(0, i), (const C*)a.memory + b * a.N * a.W, a.N, a.W);
+      else copy(rebuilt_at(t0, i), copy_of(t0, b), Np * a.W);
       for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) {
         const C *from = rebuilt_at(t - 1, i), *ww = slots(t - 1, b) + a.R * Np;
         C* to = rebuilt_at(t, i);

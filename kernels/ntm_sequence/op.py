@@ -79,7 +79,7 @@ def saved_numbers(
     return {
         "controller": steps * batch * controller,
         "addressing": steps * batch * addressing,
-        "memory": -(-steps // every) * batch * _up16(slots) * width,
+        "memory": (steps - 1) // every * batch * _up16(slots) * width if steps else 0,  # the first is an input
     }
 
 
