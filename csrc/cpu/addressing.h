@@ -323,7 +323,7 @@ template <class C> struct Ratio {
 };
 
 // What sharpen_row leaves for a backward, where its result is known.
-template <class C> inline void sharpen_again(C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+template <class C> inline void sharpen_again(C* ratio_log, const C* w, C gamma, int64_t Np) {
   constexpr int L = Lanes<C>::n;
   const C extreme = sharpest(w, gamma, Np);
   if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())) return fill(ratio_log, Np, (C)0);
@@ -427,7 +427,7 @@ template <class C> struct Addressing {
       if (BACKWARD) fill(wc + N, Np - N, (C)0);
       wrap(rg, N, Np, R);
       shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
-      if (BACKWARD && KNOWN) sharpen_again(ratio_log + h * Np, ws, gamma[h], N, Np);
+      if (BACKWARD && KNOWN) sharpen_again(ratio_log + h * Np, ws, gamma[h], Np);
       else sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
     }
   }

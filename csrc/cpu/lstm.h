@@ -8,7 +8,7 @@ namespace MC_ISA {
 
 // tanh to a few units in the last place: Moshier's odd polynomial (Cephes) near 0, (1 - e^-2|x|) / (1 + e^-2|x|) beyond.
 MC_INLINE Vec<float> hyperbolic_tangent(Vec<float> x) {
-  const Vec<float> size = x < 0 ? -x : x, e = exp_negative(-2 * size), far = (1 - e) / (1 + e), z = x * x;
+  const Vec<float> size = x < 0 ? -x : x, e = exp_negative(-2 * size), far = (1 - e) * reciprocal(1 + e), z = x * x;
   const Vec<float> p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z - 3.33332819422e-1f;
   return size < 0.625f ? x + x * z * p : x < 0 ? -far : far;
 }

@@ -8,22 +8,12 @@
 
 #include "gemm.h"
 #include "interface.h"
+#include "lstm.h"
 #include "tiles.h"
 
 namespace memcore {
 namespace MC_ISA {
 namespace {
-
-// tanh to a few units in the last place: Moshier's odd polynomial (Cephes) near 0, (1 - e^-2|x|) / (1 + e^-2|x|) beyond.
-MC_INLINE Vec<float> tanh_of(Vec<float> x) {
-  const Vec<float> size = x < 0 ? -x : x, e = exp_negative(-2 * size), far = (1 - e) * reciprocal(1 + e), z = x * x;
-  const Vec<float> p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z - 3.33332819422e-1f;
-  return size < 0.625f ? x + x * z * p : x < 0 ? -far : far;
-}
-MC_INLINE Vec<double> tanh_of(Vec<double> x) {
-  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_tanh(x[i]);
-  return x;
-}
 
 // The flat parameters: for each layer weight [D, G] and bias [G]; interface weight [I, K] and bias; output weight [O, K + F] and bias.
 template <class P> struct Parameters {
@@ -174,18 +164,11 @@ template <class C> struct Sequence {
 
   // One row of a layer: activations in place of the sums; the cell and the output. `last` is the cell before.
   MC_INLINE void activate_layer(C* z, const C* last, C* c, C* h) const {
+    if (a.lstm) return lstm_forward(z, last, c, h, K);
     for (int64_t k = 0; k < K; k += L) {
       const int n = K - k < L ? (int)(K - k) : L;
-      if (!a.lstm) {
-        const Vec<C> y = tanh_of(load_n(z + k, n));
-        store_n(z + k, y, n), store_n(h + k, y, n);
-        continue;
-      }
-      const Vec<C> enter = sigmoid(load_n(z + k, n)), keep = sigmoid(load_n(z + K + k, n)), out = sigmoid(load_n(z + 2 * K + k, n));
-      const Vec<C> now = tanh_of(load_n(z + 3 * K + k, n)), v = keep * load_n(last + k, n) + enter * now;
-      store_n(z + k, enter, n), store_n(z + K + k, keep, n), store_n(z + 2 * K + k, out, n), store_n(z + 3 * K + k, now, n);
-      store_n(c + k, v, n);
-      store_n(h + k, out * tanh_of(v), n);
+      const Vec<C> y = hyperbolic_tangent(load_n(z + k, n));
+      store_n(z + k, y, n), store_n(h + k, y, n);
     }
   }
 
@@ -295,21 +278,11 @@ template <class C> struct Sequence {
 
   // Gradient of a layer's sums from those of its output and cell; dc becomes that of the cell before.
   MC_INLINE void layer_backward(C* dz, const C* z, const C* last, const C* c, const C* dh, C* dc) const {
+    if (a.lstm) return lstm_backward(dz, z, last, c, dh, dc, K);
     for (int64_t k = 0; k < K; k += L) {
       const int n = K - k < L ? (int)(K - k) : L;
-      const Vec<C> g = load_n(dh + k, n);
-      if (!a.lstm) {
-        const Vec<C> y = load_n(z + k, n);
-        store_n(dz + k, g * (1 - y * y), n);
-        continue;
-      }
-      const Vec<C> enter = load_n(z + k, n), keep = load_n(z + K + k, n), out = load_n(z + 2 * K + k, n), now = load_n(z + 3 * K + k, n);
-      const Vec<C> y = tanh_of(load_n(c + k, n)), gc = load_n(dc + k, n) + g * out * (1 - y * y);
-      store_n(dz + k, gc * now * enter * (1 - enter), n);
-      store_n(dz + K + k, gc * load_n(last + k, n) * keep * (1 - keep), n);
-      store_n(dz + 2 * K + k, g * y * out * (1 - out), n);
-      store_n(dz + 3 * K + k, gc * enter * (1 - now * now), n);
-      store_n(dc + k, gc * keep, n);
+      const Vec<C> y = load_n(z + k, n);
+      store_n(dz + k, load_n(dh + k, n) * (1 - y * y), n);
     }
   }
 
