@@ -189,10 +189,10 @@ class MANN(MemoryNetwork):
 
     Each step: h_t = LSTM([x_t, reads_{t-1}]); key k_t = tanh(W_k h_t + b_k) and gate alpha_t = W_a h_t + b_a for every
     head; write weights sigmoid(alpha_t) w^r_{t-1} + (1 - sigmoid(alpha_t)) w^lu, where w^lu marks the least-used slot; that
-    slot is zeroed, then the keys are added (eqs. 5-8); w^r_t = softmax_n cos(k_t, M_t(n)), without a strength (eqs. 2-3);
-    reads are sums of slots under w^r_t (eq. 4); usage_t = decay usage_{t-1} + sum w^r_t + sum w^w_t (eq. 5); y_t = W_o [h_t,
-    reads_t] + b_o are logits. On the CPU a sequence runs in
-    `memcore.functional.mann_sequence` (with slots="one"), elsewhere step by step on `lrua_write`. Choosing the slot has no gradient, all else has.
+    slot is zeroed, then the keys are added (eqs. 5-8); w^r_t = softmax_n strength cos(k_t, M_t(n)) (eqs. 2-3); reads are sums
+    of slots under w^r_t (eq. 4); usage_t = decay usage_{t-1} + sum w^r_t + sum w^w_t (eq. 5); y_t = W_o [h_t, reads_t] + b_o are
+    logits. On the CPU a sequence runs in `memcore.functional.mann_sequence` (with slots="one"), elsewhere step by step on
+    `lrua_write`. Choosing the slot has no gradient, all else has.
 
     In the papers' tasks the input is [x_t, label of the previous step]; the caller joins them.
 
@@ -204,8 +204,8 @@ class MANN(MemoryNetwork):
         controller_size: K, units of the LSTM.
         read_heads: R; each head reads and writes.
         decay: of the usage.
-        strength: of the read keys, a number: w^r_t = softmax_n strength cos(k_t, M_t(n)). 1 is the paper's; the read is then
-            nearly the mean of all slots, and a larger one makes it sharper.
+        strength: of the read keys, one number for all. The paper has none, which is 1: no read weight is then more than e^2
+            times another, and a read is close to the mean of all slots.
         order: "write_read" (the paper) or "read_write" (weights and reads from the memory before the write).
         add: what is written: "key", or "separate", a tanh projection of its own.
         zero: "least_used" zeroes the one least-used slot before the write, None does not.
