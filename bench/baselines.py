@@ -1,4 +1,4 @@
-"""What memcore is compared with: each operator and the NTM as a good engineer writes them in PyTorch, and as commonly written.
+"""What memcore is compared with: each operator, the NTM and the MANN as a good engineer writes them in PyTorch, and as commonly written.
 
 `eager[op]` is tuned: all heads in one bmm, products divided by norms instead of a normalised copy of the memory, lerp and
 softmax where they save a pass, no power with a tensor exponent. `naive[op]` goes head by head through
@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import NTM
+from ..models import MANN, NTM
+from ..models.mann import MANNCell, MANNState
 from ..models.ntm import NTMCell, NTMState
 
-__all__ = ["eager", "eager_ntm", "eager_ntm_step", "interface_order", "naive", "naive_ntm_step", "no_memory_step", "vectorised_ntm_step"]
+__all__ = [
+    "eager", "eager_mann", "eager_mann_step", "eager_ntm", "eager_ntm_step", "interface_order", "naive", "naive_ntm_step",
+    "no_mann_memory_step", "no_memory_step", "vectorised_ntm_step",
+]  # fmt: skip
 
 EPS = 1e-8
 TINY = 1e-30
@@ -26,10 +30,10 @@ def _heads(*tensors: Tensor):
     return zip(*(t.unbind(1) for t in tensors), strict=True)
 
 
-def content_addressing(key: Tensor, memory: Tensor, strength: Tensor) -> Tensor:
+def content_addressing(key: Tensor, memory: Tensor, strength: Tensor | None = None) -> Tensor:
     norms = torch.linalg.vector_norm(key, dim=-1, keepdim=True) * torch.linalg.vector_norm(memory, dim=-1).unsqueeze(1)
     similarity = torch.bmm(key, memory.mT) / norms.clamp_min(EPS)
-    return torch.softmax(similarity * strength.unsqueeze(-1), -1)
+    return torch.softmax(similarity if strength is None else similarity * strength.unsqueeze(-1), -1)
 
 
 def interpolate(content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:
@@ -308,4 +312,45 @@ def eager_ntm(model: NTM, memory_step: Callable[..., tuple[Tensor, Tensor, Tenso
         with torch.no_grad():
             for p in cell.interface.parameters():
                 p.copy_(p[order])
+    return twin
+
+
+def eager_mann_step(
+    memory: Tensor, key: Tensor, gate: Tensor, read_weights: Tensor, usage: Tensor, decay: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(memory, reads, read weights, usage) after a step of a MANN in its standard form."""
+    memory, write_weights = lrua_write(memory, key, read_weights, usage, gate)
+    read_weights = content_addressing(key, memory)
+    usage = usage_update(usage, read_weights.detach(), write_weights.detach(), decay)
+    return memory, read(memory, read_weights), read_weights, usage
+
+
+def no_mann_memory_step(
+    memory: Tensor, key: Tensor, gate: Tensor, read_weights: Tensor, usage: Tensor, decay: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A step of a MANN without any memory work."""
+    return memory, key * gate.unsqueeze(2), read_weights, usage
+
+
+class _EagerMANNCell(MANNCell):
+    """A MANN's cell on a plain PyTorch step."""
+
+    memory_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    def sequence(self, *_) -> None:
+        """Step by step, as PyTorch has it."""
+
+    def advance(self, x: Tensor, state: MANNState) -> tuple[Tensor, MANNState, Tensor]:
+        h, controller = self.controller.step(x, state.reads.flatten(1), state.controller)
+        key, gate = self.interface(h).tensor_split((-self.read_heads,), 1)
+        key = torch.tanh(key).unflatten(1, (self.read_heads, self.slot_width))
+        after = self.memory_step(state.memory, key, torch.sigmoid(gate), state.read_weights, state.usage, self.decay)
+        return h, MANNState(*after, controller), key
+
+
+def eager_mann(model: MANN, memory_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = eager_mann_step) -> MANN:
+    """A copy of a standard `model` (same controller, loop, parameters) whose memory runs on `memory_step`, in plain PyTorch."""
+    twin = copy.deepcopy(model)
+    twin.cell.__class__ = _EagerMANNCell
+    twin.cell.memory_step = memory_step
     return twin

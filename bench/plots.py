@@ -105,7 +105,7 @@ def draw(folder: str | Path) -> list[Path]:
 
     parts = [
         (_ratios([r for r in found if r["suite"] == "step"], "{shape}"), "ntm_step chained, forward + backward"),
-        (_ratios([r for r in found if r["suite"] == "sequence"], "{shape}"), "an NTM over a sequence, forward + backward"),
+        (_ratios([r for r in found if r["suite"] == "sequence"], "{op} {shape}"), "a sequence, forward + backward"),
         (_ratios([r for r in found if r["suite"] == "train"], "{shape}"), "a whole training step"),
     ]
     parts = [(p, title) for p, title in parts if p[1]]

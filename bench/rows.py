@@ -109,7 +109,7 @@ def _times(x: float | None) -> str:
 _HEADS = {
     "ops": "operator, (B,H,N,W)",
     "step": "`ntm_step` chained, (B,read/write heads,N,W)",
-    "sequence": "NTM over a sequence, LSTM controller 100, (B,read/write heads,N,W), a step",
+    "sequence": "a sequence (NTM: LSTM controller 100; MANN: 200), (B,read/write heads,N,W), a step",
     "scaling": "NTM over a sequence, LSTM controller 100, (B,read/write heads,N,W), a step",
     "train": "training step",
     "calls": "call",

@@ -35,6 +35,7 @@ MODEL_FLAGS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "--first-weighting": ("first_weighting", ("ntm",), {"choices": ("learned", "onehot", "uniform"), "help": "first weightings (learned)"}),
     "--order": ("order", ("ntm", "mann"), {"choices": ("write_read", "read_write"), "help": "order within a step (write_read)"}),
     "--decay": ("decay", ("mann",), {"type": float, "metavar": "G", "help": "decay of the usage (0.95; paper: 0.99)"}),
+    "--strength": ("strength", ("mann",), {"type": float, "metavar": "S", "help": "of the read keys (paper: none, 1)"}),
     "--add": ("add", ("mann",), {"choices": ("key", "separate"), "help": "what is written (paper: the key)"}),
     "--written-slots": ("slots", ("mann",), {"choices": ("one", "n_shared", "per_head"), "help": "least-used slots written (one)"}),
     "--hidden-size": ("hidden_size", ("lstm",), {"type": int, "metavar": "K", "help": "width of the LSTM baseline (NTM paper: 128 to 512 by task)"}),

@@ -195,11 +195,12 @@ def test_quick_runs_write_rows_that_read_back(tmp_path, capsys):
 def test_the_sequence_suite_times_every_axis_and_counts_what_is_kept(run, monkeypatch):
     tiny = StepCase(2, 1, 1, 16, 8, 9, Gate())
     monkeypatch.setattr(sequence_suite, "SEQUENCES", {"small": tiny})
+    monkeypatch.setattr(sequence_suite, "MANN_SEQUENCES", {"small": replace(tiny, Hw=2, R=2)})
     run.variants, run.threads, run.sizes = ("memcore", "eager"), (1,), ("small",)
     runner.sequence(run)
     ours = [r for r in run.rows if r["variant"] == "memcore"]
-    assert [r["suite"] for r in ours] == ["sequence", *["scaling"] * 8]
-    assert [r["pass"].rpartition(" ")[2] for r in ours[1:]] == ["B", "B", "N", "N", "W", "W", "T", "T"]
+    assert [(r["suite"], r["op"]) for r in ours] == [("sequence", "NTM"), ("sequence", "MANN"), *[("scaling", "NTM")] * 8]
+    assert [r["pass"].rpartition(" ")[2] for r in ours[2:]] == ["B", "B", "N", "N", "W", "W", "T", "T"]
     if memcore._backend.takes_kernel("ntm_sequence", torch.device("cpu")):
         kept = saved_numbers(9, 2, 9, 100, 16, 8, True, 1, 1, 1, 1, 3)
         first = 2 * (16 * 8 + 8 + 2 * 16 + 2 * 100)  # memory, reads, weights and controller before the first step

@@ -10,12 +10,12 @@ namespace {
 struct Call {
   MannArgs a{};
   Call(const Tensor& input, const Tensor& memory, const Tensor& reads, const Tensor& weights, const Tensor& usage, const Tensor& state,
-       const Tensor& parameters, const OptionalTensor& lengths, int64_t outputs, int64_t layers, double decay, bool zero, bool separate,
+       const Tensor& parameters, const OptionalTensor& lengths, int64_t outputs, int64_t layers, double decay, double strength, bool zero, bool separate,
        bool write_first, int64_t every) {
     a.dtype = dtype_of(memory);
     if (a.dtype != DType::f32 && a.dtype != DType::f64) fail("memcore.mann_sequence: the kernel takes float32 and float64 tensors");
     a.T = input.size(0), a.B = input.size(1), a.X = input.size(2), a.N = memory.size(1), a.W = memory.size(2), a.R = reads.size(1);
-    a.O = outputs, a.layers = layers, a.decay = decay, a.zero = zero, a.separate = separate, a.write_first = write_first, a.every = every;
+    a.O = outputs, a.layers = layers, a.decay = decay, a.strength = strength, a.zero = zero, a.separate = separate, a.write_first = write_first, a.every = every;
     a.K = state.size(2);
     if (layers > MannArgs::kLayers) fail("memcore.mann_sequence: the kernel takes up to 8 controller layers");
     int64_t numbers = a.I() * (a.K + 1) + a.O * (a.K + a.F() + 1);
@@ -42,10 +42,10 @@ struct Call {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_sequence_fwd(
     Tensor input, Tensor memory, Tensor reads, Tensor weights, Tensor usage, Tensor state, Tensor parameters, OptionalTensor lengths, int64_t outputs,
-    int64_t layers, double decay, bool zero, bool separate, bool write_first, int64_t every, bool keep, bool) {
+    int64_t layers, double decay, double strength, bool zero, bool separate, bool write_first, int64_t every, bool keep, bool) {
   input = dense(input), memory = dense(memory), reads = dense(reads), weights = dense(weights), usage = dense(usage), state = dense(state);
   parameters = dense(parameters), lengths = dense(lengths);
-  Call call(input, memory, reads, weights, usage, state, parameters, lengths, outputs, layers, decay, zero, separate, write_first, every);
+  Call call(input, memory, reads, weights, usage, state, parameters, lengths, outputs, layers, decay, strength, zero, separate, write_first, every);
   MannArgs& a = call.a;
   a.keep = keep;
   Tensor output = make(memory, {a.T, a.B, a.O}), written = make_like(memory), read = make_like(reads), found = make_like(weights);
@@ -73,11 +73,11 @@ Tensor without_padding(const MannArgs& a, const Tensor& input) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_sequence_bwd(
     OptionalTensor grad_output, OptionalTensor grad_memory, OptionalTensor grad_reads, OptionalTensor grad_weights, OptionalTensor,
     OptionalTensor grad_state, Tensor saved, Tensor input, Tensor memory, Tensor reads, Tensor weights, Tensor usage, Tensor state, Tensor parameters,
-    OptionalTensor lengths, int64_t outputs, int64_t layers, double decay, bool zero, bool separate, bool write_first, int64_t every, bool,
+    OptionalTensor lengths, int64_t outputs, int64_t layers, double decay, double strength, bool zero, bool separate, bool write_first, int64_t every, bool,
     bool input_grad) {
   input = dense(input), memory = dense(memory), reads = dense(reads), weights = dense(weights), usage = dense(usage), state = dense(state);
   parameters = dense(parameters), lengths = dense(lengths);
-  Call call(input, memory, reads, weights, usage, state, parameters, lengths, outputs, layers, decay, zero, separate, write_first, every);
+  Call call(input, memory, reads, weights, usage, state, parameters, lengths, outputs, layers, decay, strength, zero, separate, write_first, every);
   MannArgs& a = call.a;
   a.keep = true;
   if (saved.numel() != MannSaved(a).total)

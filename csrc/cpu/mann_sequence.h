@@ -14,7 +14,7 @@ struct MannArgs {
   DType dtype;  // f32 or f64
   int64_t T, B, X, N, W, K, O, R, layers;
   bool zero, separate, write_first, keep;  // keep: what a backward needs is written to `saved`
-  double decay;
+  double decay, strength;
   int64_t every;  // steps between two copies of the memory
   const void *input, *memory, *reads, *weights, *usage, *state, *parameters;
   const int64_t* lengths;  // null: all T

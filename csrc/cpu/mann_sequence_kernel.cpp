@@ -221,7 +221,7 @@ template <class C> struct Sequence {
     C* w = slots(t + 1, b);
     const int64_t used = padded<C>(a.N);
     for (int64_t h = 0; h < R; h++) {
-      softmax<C>(w + h * Np, s.sim + h * Np, a.N, used, 1, nullptr);
+      softmax<C>(w + h * Np, s.sim + h * Np, a.N, used, (C)a.strength, nullptr);
       fill(w + h * Np + used, Np - used, (C)0);
     }
     fill(reads, R * Wp, (C)0);
@@ -324,7 +324,7 @@ template <class C> struct Sequence {
         store(d + n, x);
       }
       const C mean = inner.value();
-      for (int64_t n = 0; n < Np; n += L) store(d + n, load(w + h * Np + n) * (load(d + n) - mean));
+      for (int64_t n = 0; n < Np; n += L) store(d + n, (C)a.strength * load(w + h * Np + n) * (load(d + n) - mean));
     }
     s.backward(dsim, own, key_own);
     fill(dkey, R * Wp, (C)0);

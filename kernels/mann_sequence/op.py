@@ -40,7 +40,7 @@ def _unpack(flat: Tensor, *shapes_of) -> MANNParameters:
 
 
 def _reference(
-    input, memory, reads, read_weights, usage, controller, parameters, lengths, outputs, layers, decay, zero, separate, write_first, every, keep, input_grad
+    input, memory, reads, read_weights, usage, controller, parameters, lengths, outputs, layers, decay, strength, zero, separate, write_first, every, keep, input_grad
 ):  # fmt: skip
     shapes_of = input.shape[2], controller.shape[2], outputs, memory.shape[2], layers, reads.shape[1], separate
     return reference.mann_sequence(
@@ -52,6 +52,7 @@ def _reference(
         controller,
         _unpack(parameters, *shapes_of),
         decay=decay,
+        strength=strength,
         zero="least_used" if zero else None,
         add=_ADDS[1 if separate else 0],
         order=_ORDERS[0 if write_first else 1],
@@ -76,7 +77,7 @@ def saved_numbers(steps, batch, units, slots, width, layers, heads, separate, ev
 
 
 def _fake(
-    input, memory, reads, read_weights, usage, controller, parameters, lengths, outputs, layers, decay, zero, separate, write_first, every, keep, input_grad
+    input, memory, reads, read_weights, usage, controller, parameters, lengths, outputs, layers, decay, strength, zero, separate, write_first, every, keep, input_grad
 ):  # fmt: skip
     steps, batch, _ = input.shape
     _, slots, width = memory.shape
@@ -95,7 +96,7 @@ def _fake(
 _fwd = register(
     _OP,
     "Tensor input, Tensor memory, Tensor reads, Tensor read_weights, Tensor usage, Tensor controller, Tensor parameters, Tensor? lengths, int outputs, "
-    "int layers, float decay, bool zero, bool separate, bool write_first, int every, bool keep, bool input_grad",
+    "int layers, float decay, float strength, bool zero, bool separate, bool write_first, int every, bool keep, bool input_grad",
     _reference,
     _fake,
     outputs=6,
@@ -119,6 +120,7 @@ def mann_sequence(
     parameters: MANNParameters,
     *,
     decay: float = 0.95,
+    strength: float = 1.0,
     zero: str | None = "least_used",
     add: str = "key",
     order: str = "write_read",
@@ -129,7 +131,7 @@ def mann_sequence(
 
     At each step: h_t = LSTM([x_t, reads_{t-1}]); one linear layer on h_t gives every head's key k_t (through tanh), gate (through a sigmoid) and,
     with add="separate", word (through tanh); the memory is written by `lrua_write`, to one least-used slot that all heads share; read_weights_t =
-    softmax_n cos(k_t, M_t(n)); reads_t = read_weights_t M_t; usage_t = decay usage_{t-1} + sum of read and write weights; output_t = W_o [h_t,
+    softmax_n strength cos(k_t, M_t(n)); reads_t = read_weights_t M_t; usage_t = decay usage_{t-1} + sum of read and write weights; output_t = W_o [h_t,
     reads_t] + b_o. The backward goes through time by hand: it keeps each step's activations, similarities and weights, and the memory once every
     `checkpoint_every` steps, from which it rebuilds the others. On GPUs the operators named run time step by time step.
 
@@ -139,6 +141,7 @@ def mann_sequence(
             the state before the first step.
         parameters: `MANNParameters`.
         decay: of the usage, a finite number.
+        strength: of the read keys, a finite number; the paper has none, which is 1.
         zero: "least_used" zeroes the one least-used slot before the write, None does not.
         add: what is written: "key", or "separate", a word of its own.
         order: "write_read" reads after the write (the paper's M_t), "read_write" before it.
@@ -180,7 +183,8 @@ def mann_sequence(
         raise ValueError(f"memcore.{_OP}: 'add' must be 'key' or 'separate', got {add!r}")
     if order not in _ORDERS:
         raise ValueError(f"memcore.{_OP}: 'order' must be 'write_read' or 'read_write', got {order!r}")
-    _checks.finite_number(_OP, "decay", decay)
+    for name, value in (("decay", decay), ("strength", strength)):
+        _checks.finite_number(_OP, name, value)
     separate = add == "separate"
     for i, (t, expected) in enumerate(zip(flat, _sizes(X, K, O, W, L, R, separate), strict=True)):
         if tuple(t.shape) != expected:
@@ -204,10 +208,10 @@ def mann_sequence(
             tensors = [t.float() for t in tensors]
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         every = checkpoint_every or max(1, round(math.sqrt(T)))
-        rest = O, L, float(decay), zero is not None, separate, order == _ORDERS[0], every, keep, keep and input.requires_grad
+        rest = O, L, float(decay), float(strength), zero is not None, separate, order == _ORDERS[0], every, keep, keep and input.requires_grad
         found = MANNSequence(*(t.to(dtype) for t in _fwd(*tensors, lengths, *rest)))
         return found._replace(usage=found.usage.detach())
     pairs = list(zip(flat[::2], flat[1::2]))
     unpacked = MANNParameters(pairs[:-2], pairs[-2], pairs[-1])
     ops = reference.Operators(lrua_write, content_addressing, read, usage_update)
-    return reference.run(ops, input, *state, unpacked, decay, zero, separate, order == _ORDERS[0], lengths)
+    return reference.run(ops, input, *state, unpacked, decay, strength, zero, separate, order == _ORDERS[0], lengths)

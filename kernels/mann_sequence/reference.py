@@ -67,6 +67,7 @@ def run(
     controller: Tensor,
     parameters: MANNParameters,
     decay: float,
+    strength: float,
     zero: str | None,
     separate: bool,
     write_first: bool,
@@ -78,6 +79,7 @@ def run(
     usage = usage.detach()  # it only ranks the slots
     if lengths is not None:  # padding may hold anything, and nothing times NaN would be NaN in the weights' gradients
         input = torch.where(torch.arange(len(input), device=input.device).view(-1, 1, 1) < lengths.view(-1, 1), input, 0)
+    beta = None if strength == 1 else input.new_full(reads.shape[:2], strength)
     outputs = []
     for t, x in enumerate(input.unbind(0)):
         before = (memory, reads, read_weights, usage, *states)
@@ -95,7 +97,7 @@ def run(
         old = memory
         memory, write_weights = ops.lrua_write(memory, key, read_weights, usage, torch.sigmoid(gate), zero=zero, add=word)
         source = memory if write_first else old
-        read_weights = ops.content_addressing(key, source)
+        read_weights = ops.content_addressing(key, source, beta)
         reads = ops.read(source, read_weights)
         usage = ops.usage_update(usage, read_weights.detach(), write_weights.detach(), decay)
         output = F.linear(torch.cat((below, reads.flatten(1)), 1), *parameters.output)
@@ -120,6 +122,7 @@ def mann_sequence(
     parameters: MANNParameters,
     *,
     decay: float = 0.95,
+    strength: float = 1.0,
     zero: str | None = "least_used",
     add: str = "key",
     order: str = "write_read",
@@ -129,4 +132,4 @@ def mann_sequence(
     """Controller, memory and output layer over all time steps; see memcore.functional.mann_sequence."""
     ops = Operators(lrua_write, content_addressing, read, usage_update)
     state = memory, reads, read_weights, usage, controller
-    return run(ops, input, *state, parameters, decay, zero, add == "separate", order == "write_read", lengths)
+    return run(ops, input, *state, parameters, decay, strength, zero, add == "separate", order == "write_read", lengths)

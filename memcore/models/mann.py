@@ -49,6 +49,7 @@ class MANNCell(MemoryCell):
         controller_size: int = 200,
         read_heads: int = 4,
         decay: float = 0.95,
+        strength: float = 1.0,
         order: str = "write_read",
         add: str = "key",
         zero: str | None = "least_used",
@@ -64,6 +65,7 @@ class MANNCell(MemoryCell):
         _checks.whole("MANN", "read_heads", read_heads, 1)
         if not 0 <= decay <= 1:
             raise ValueError(f"memcore.MANN: 'decay' must lie in 0..1, got {decay}")
+        _checks.finite_number("MANN", "strength", strength)
         one_of("MANN", "order", order, ("write_read", "read_write"))
         one_of("MANN", "add", add, ("key", "separate"))
         one_of("MANN", "zero", zero, ("least_used", None))
@@ -75,7 +77,7 @@ class MANNCell(MemoryCell):
             )
         factory = {"device": device, "dtype": dtype}
         self.input_size, self.memory_slots, self.slot_width = input_size, memory_slots, slot_width
-        self.read_heads, self.decay, self.order = read_heads, float(decay), order
+        self.read_heads, self.decay, self.strength, self.order = read_heads, float(decay), float(strength), order
         self.add, self.zero, self.slots = add, zero, slots
         self.feedback_size = read_heads * slot_width
         self.controller = LSTMController(
@@ -119,7 +121,8 @@ class MANNCell(MemoryCell):
         key, word = (words, None) if self.add == "key" else words.chunk(2, 1)
         memory, write_weights = self._write(state, key, word, torch.sigmoid(gate))
         source = memory if self.order == "write_read" else state.memory
-        read_weights = F.content_addressing(key, source)
+        beta = None if self.strength == 1 else key.new_full(key.shape[:2], self.strength)
+        read_weights = F.content_addressing(key, source, beta)
         reads = F.read(source, read_weights)
         # Usage only ranks the slots, which has no gradient.
         usage = F.usage_update(state.usage, read_weights.detach(), write_weights.detach(), self.decay)
@@ -140,6 +143,7 @@ class MANNCell(MemoryCell):
             torch.stack(state.controller),
             F.MANNParameters(self.controller.layers(), (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
             decay=self.decay,
+            strength=self.strength,
             zero=self.zero,
             add=self.add,
             order=self.order,
@@ -176,7 +180,7 @@ class MANNCell(MemoryCell):
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, memory_slots={self.memory_slots}, slot_width={self.slot_width}, read_heads={self.read_heads}, "
-            f"decay={self.decay}, order={self.order!r}, add={self.add!r}, zero={self.zero!r}, slots={self.slots!r}"
+            f"decay={self.decay}, strength={self.strength}, order={self.order!r}, add={self.add!r}, zero={self.zero!r}, slots={self.slots!r}"
         )
 
 
@@ -185,10 +189,10 @@ class MANN(MemoryNetwork):
 
     Each step: h_t = LSTM([x_t, reads_{t-1}]); key k_t = tanh(W_k h_t + b_k) and gate alpha_t = W_a h_t + b_a for every
     head; write weights sigmoid(alpha_t) w^r_{t-1} + (1 - sigmoid(alpha_t)) w^lu, where w^lu marks the least-used slot; that
-    slot is zeroed, then the keys are added (eqs. 5-8); w^r_t = softmax_n cos(k_t, M_t(n)), without a strength (eqs. 2-3);
-    reads are sums of slots under w^r_t (eq. 4); usage_t = decay usage_{t-1} + sum w^r_t + sum w^w_t (eq. 5); y_t = W_o [h_t,
-    reads_t] + b_o are logits. On the CPU a sequence runs in
-    `memcore.functional.mann_sequence` (with slots="one"), elsewhere step by step on `lrua_write`. Choosing the slot has no gradient, all else has.
+    slot is zeroed, then the keys are added (eqs. 5-8); w^r_t = softmax_n strength cos(k_t, M_t(n)) (eqs. 2-3); reads are sums
+    of slots under w^r_t (eq. 4); usage_t = decay usage_{t-1} + sum w^r_t + sum w^w_t (eq. 5); y_t = W_o [h_t, reads_t] + b_o are
+    logits. On the CPU a sequence runs in `memcore.functional.mann_sequence` (with slots="one"), elsewhere step by step on
+    `lrua_write`. Choosing the slot has no gradient, all else has.
 
     In the papers' tasks the input is [x_t, label of the previous step]; the caller joins them.
 
@@ -200,6 +204,8 @@ class MANN(MemoryNetwork):
         controller_size: K, units of the LSTM.
         read_heads: R; each head reads and writes.
         decay: of the usage.
+        strength: of the read keys, one number for all. The paper has none, which is 1: no read weight is then more than e^2
+            times another, and a read is close to the mean of all slots.
         order: "write_read" (the paper) or "read_write" (weights and reads from the memory before the write).
         add: what is written: "key", or "separate", a tanh projection of its own.
         zero: "least_used" zeroes the one least-used slot before the write, None does not.
@@ -229,6 +235,7 @@ class MANN(MemoryNetwork):
         controller_size: int = 200,
         read_heads: int = 4,
         decay: float = 0.95,
+        strength: float = 1.0,
         order: str = "write_read",
         add: str = "key",
         zero: str | None = "least_used",
@@ -245,6 +252,7 @@ class MANN(MemoryNetwork):
             controller_size=controller_size,
             read_heads=read_heads,
             decay=decay,
+            strength=strength,
             order=order,
             add=add,
             zero=zero,

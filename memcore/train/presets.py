@@ -67,8 +67,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "priority-sort": {"train": {**_ADAM, "steps": 500_000}, "ntm": _heads(5, controller_layers=2), "lstm": _LSTM},
         "omniglot": {
             "task": {"shift": 2},  # pixels of 20 by which training drawings move
-            "train": {**_ADAM, "steps": 20_000, "schedule": "constant", **_UNSEEN},
-            "mann": {"memory_slots": 128, "slot_width": 40, "controller_size": 200, "read_heads": 4},
+            "train": {**_ADAM, "steps": 40_000, **_UNSEEN, "eval_every": 500},
+            "mann": {"memory_slots": 128, "slot_width": 40, "controller_size": 200, "read_heads": 4, "add": "separate", "strength": 10.0},
             "lstm": {"hidden_size": 200, "num_layers": 1},
         },
     },

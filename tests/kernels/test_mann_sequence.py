@@ -74,6 +74,9 @@ CASES = {
     "one_head": {"R": 1, "W": 16, "N": 16},
     "reads_first": {"order": "read_write"},
     "reads_first_of_separate_words": {"order": "read_write", "add": "separate", "lengths": [2, 5, 4]},
+    "sharp_reads": {"strength": 8.0},
+    "sharp_reads_first_of_separate_words": {"strength": 5.0, "order": "read_write", "add": "separate", "lengths": [5, 2, 4]},
+    "of_the_least_similar": {"strength": -3.0},
     "nothing_zeroed": {"zero": None, "decay": 0.5},
     "nothing_forgotten": {"decay": 1.0, "T": 9},
     "lengths": {"lengths": [5, 0, 3]},
@@ -114,12 +117,13 @@ def test_random_shapes(data, T, B, N, W, K, R):
     more = {"layers": data.draw(st.integers(1, 3)), "checkpoint_every": data.draw(st.none() | st.integers(1, 10))}
     more |= {"add": data.draw(st.sampled_from(["key", "separate"])), "order": data.draw(st.sampled_from(["write_read", "read_write"]))}
     more |= {"zero": data.draw(st.sampled_from(["least_used", None])), "decay": data.draw(st.floats(0, 1)), "lengths": lengths}
+    more["strength"] = data.draw(st.sampled_from([1.0, 6.0]))
     seed = data.draw(st.integers(0, 1 << 30))
     # In float64: float32 has cases of its own, and now and then two slots are used so equally that rounding chooses.
     compare(draw(seed, T=T, B=B, N=N, W=W, K=K, R=R, dtype=torch.float64, **more), tolerance=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"add": "separate", "order": "read_write", "zero": None}])
+@pytest.mark.parametrize("options", [{}, {"add": "separate", "order": "read_write", "zero": None}, {"strength": 7.0}])
 def test_equals_steps_without_kernel(options):
     """The composition of operators that other devices run."""
     tensors, flat, options = draw(layers=2, lengths=[5, 1, 3], **options)
@@ -278,7 +282,7 @@ def test_opcheck():
     tensors, flat, options = draw(T=3, lengths=[3, 1, 2])
     leaves = [t.requires_grad_(k != "usage") for k, t in tensors.items()]
     leaves.append(torch.cat([t.reshape(-1) for t in flat]).requires_grad_())
-    args = (*leaves, options["lengths"], 4, 1, 0.95, True, False, True, 2, True, True)
+    args = (*leaves, options["lengths"], 4, 1, 0.95, 1.0, True, False, True, 2, True, True)
     # Not the comparison after tracing: what is saved has padding that nobody writes.
     torch.library.opcheck(torch.ops.memcore.mann_sequence_fwd.default, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -302,7 +306,7 @@ def test_compiles():
 def test_saved_numbers(separate):
     sizes = {"steps": 10, "batch": 2, "units": 6, "slots": 7, "width": 5, "layers": 2, "heads": 3, "separate": separate, "every": 4}
     tensors, flat, _ = draw(T=10, B=2, R=3, layers=2, add="separate" if separate else "key")
-    rest = None, 4, 2, 0.95, True, separate, True, 4
+    rest = None, 4, 2, 0.95, 1.0, True, separate, True, 4
     out = torch.ops.memcore.mann_sequence_fwd(*tensors.values(), torch.cat([t.reshape(-1) for t in flat]), *rest, True, True)
     assert out[6].numel() == (sum(saved_numbers(**sizes).values()) if _backend.native else 0)
     out = torch.ops.memcore.mann_sequence_fwd(*tensors.values(), torch.cat([t.reshape(-1) for t in flat]), *rest, False, False)
@@ -317,6 +321,7 @@ def test_saved_numbers(separate):
         ({"add": "word"}, ValueError, "'add' must be 'key' or 'separate', got 'word'"),
         ({"add": "separate"}, ValueError, r"weight of 'parameters.interface' must have shape \(22, 6\), got \(12, 6\)"),
         ({"decay": float("nan")}, ValueError, "'decay' must be finite"),
+        ({"strength": float("inf")}, ValueError, "'strength' must be finite"),
         ({"checkpoint_every": 0}, ValueError, "'checkpoint_every' must be at least 1"),
         ({"lengths": torch.tensor([1.0, 2, 3])}, TypeError, "'lengths' must be a tensor of integers"),
         ({"lengths": torch.tensor([1, 2])}, ValueError, "'lengths' must have shape"),

@@ -58,7 +58,7 @@ def loop(model, x):
                 for slot in range(n):
                     norms = np.linalg.norm(key[head]) * np.linalg.norm(source[slot])
                     scores[slot] = key[head] @ source[slot] / norms if norms > 0 else 0
-                w_read[head] = np.exp(scores) / np.exp(scores).sum()
+                w_read[head] = np.exp(cell.strength * scores) / np.exp(cell.strength * scores).sum()
             reads = w_read @ source
             usage = cell.decay * usage + w_read.sum(0) + w_write.sum(0)
             ys.append(p["output.weight"] @ np.concatenate([h, reads.ravel()]) + p["output.bias"])
@@ -70,12 +70,15 @@ def loop(model, x):
 
 
 @pytest.mark.parametrize(
-    "slots, add, zero, order",
-    list(itertools.product(("one", "n_shared", "per_head"), ("key", "separate"), ("least_used", None), ("write_read", "read_write"))),
+    "slots, add, zero, order, strength",
+    [
+        *itertools.product(("one", "n_shared", "per_head"), ("key", "separate"), ("least_used", None), ("write_read", "read_write"), (1.0,)),
+        *itertools.product(("one", "per_head"), ("separate",), ("least_used",), ("write_read", "read_write"), (6.0,)),
+    ],
 )
-def test_equals_the_paper_in_float64(slots, add, zero, order):
+def test_equals_the_paper_in_float64(slots, add, zero, order, strength):
     torch.manual_seed(0)
-    model = MANN(4, 3, dtype=torch.float64, slots=slots, add=add, zero=zero, order=order, decay=0.9, **SMALL)
+    model = MANN(4, 3, dtype=torch.float64, slots=slots, add=add, zero=zero, order=order, decay=0.9, strength=strength, **SMALL)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.7)
@@ -187,6 +190,7 @@ def test_cell_gives_the_features():
     [
         ({"read_heads": 0}, "'read_heads' must be at least 1, got 0"),
         ({"decay": 1.5}, "'decay' must lie in 0..1, got 1.5"),
+        ({"strength": float("nan")}, "'strength' must be finite, got nan"),
         ({"order": "read"}, "'order' must be 'write_read' or 'read_write', got 'read'"),
         ({"add": "word"}, "'add' must be 'key' or 'separate', got 'word'"),
         ({"zero": "all"}, "'zero' must be 'least_used' or None, got 'all'"),
