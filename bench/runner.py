@@ -15,13 +15,15 @@ from .cases import CALL_STEP, CALLS, CASES, GROWTH, GROWTH_QUICK, HELD, POWER, S
 from .cases import Gate, Shape, StepCase, check, close, runnable, tuples
 from .measure import Timing
 from .rows import FIELDS, powers
-from .sequence import sequence
+from .sequence import recurrences, sequence
 
 __all__ = [
     "Run", "calls", "chain", "growth", "held", "ops", "roofline", "sequence", "step", "step_variants", "store", "train", "training_steps",
 ]  # fmt: skip
 
 COPY_LENGTH = 20  # 41 time steps
+# Whole sequences, whose calls are counted like those of single operators: small, since there are thousands of them.
+_HELD_NTM, _HELD_MANN = StepCase(2, 1, 1, 16, 8, 5, Gate()), StepCase(2, 2, 2, 16, 8, 5, Gate())
 
 
 @dataclass
@@ -432,6 +434,8 @@ def held(run: Run) -> None:
             made[op, SHAPES["small"], "fwd+bwd" if case.diff else "fwd"] = call
     if not run.only:
         made["ntm_step", CALL_STEP, "fwd+bwd"] = step_variants(CALL_STEP, ["memcore"], run.seed)["memcore"].both
+        for kind, case in (("NTM", _HELD_NTM), ("MANN", _HELD_MANN)):
+            made[kind, case, "fwd+bwd"] = recurrences(case, ["memcore"], run.seed, kind=kind)["memcore"].both
     count = CALLS // 50 if run.quick else CALLS
     for (op, shape, kind), call in made.items():
         with measure.threads(1):
@@ -441,7 +445,7 @@ def held(run: Run) -> None:
             return
         run.add(
             "held", op, shape, f"{kind}, {count:,} calls", 1, {"memcore": timing}, saved={"memcore": grown},
-            dtype=torch.float32 if op == "ntm_step" else run.dtype,
+            dtype=torch.float32 if op in ("ntm_step", "NTM", "MANN") else run.dtype,
         )  # fmt: skip
         if not run.quick:  # the bound is one for all of CALLS
             run.rows[-1].update(gate=f"grown <= {HELD >> 10} KiB", passed=grown <= HELD)

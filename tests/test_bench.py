@@ -289,7 +289,7 @@ def test_growth_is_measured_and_judged(monkeypatch):
     runner.growth(run)
     assert [r["passed"] for r in run.rows if r["suite"] == "growth"] == [None, None, False, None]
     held = [r for r in run.rows if r["suite"] == "held"]
-    assert [r["op"] for r in held] == [*CASES, "ntm_step"] and all(r["pass"].endswith(" 10 calls") for r in held)
+    assert [r["op"] for r in held] == [*CASES, "ntm_step", "NTM", "MANN"] and all(r["pass"].endswith(" 10 calls") for r in held)
 
 
 def test_quick_growth_judges_nothing(monkeypatch, tmp_path, capsys):
