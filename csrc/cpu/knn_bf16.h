@@ -168,7 +168,8 @@ void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, cons
     for (int64_t r = 0; r < block.n; r += kGroup) {
       const int64_t n = block.n - r < kGroup ? block.n - r : kGroup;
       Group g{block.rows + r * a.D, a.D, block.info + r, block.first + r};
-      if (begin == 0) prefetch<false>(g.rows + 2 * kGroup * a.D, kGroup * a.D * 2);
+      if (begin == 0)
+        for (int64_t i = 0; i < kGroup * a.D; i += 32) __builtin_prefetch(g.rows + 2 * kGroup * a.D + i, 0, 2);
       if (n < kGroup || width != a.D) {
         for (int64_t i = 0; i < n; i++) std::memcpy(copies + i * width, g.rows + i * a.D, (size_t)a.D * 2);
         g.rows = copies, g.stride = width;
