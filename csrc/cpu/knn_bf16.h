@@ -1,4 +1,4 @@
-// Products of bfloat16: many rows by 16 queries and more at a time, in AMX's tiles or AVX-512's vectors.
+// Products of bfloat16 by AMX: 32 rows by 16 or 32 queries at a time. (AVX512-BF16's are no quicker than float32's.)
 #pragma once
 
 #include "knn_scan.h"
@@ -10,7 +10,7 @@ namespace {
 // Dimensions of a packed row: whole tiles.
 MC_INLINE int64_t packed_width(int64_t D) { return round_up(D, 32); }
 
-// Query q of a job in its place [q / 16][width / 2][q % 16][2]; returns what rounding lost, squared. Both units take subnormals for 0.
+// Query q of a job in its place [q / 16][width / 2][q % 16][2]; returns what rounding lost, squared. AMX takes subnormals for 0.
 MC_INLINE double pack_query(bf16* packed, int64_t q, const double* from, double factor, int64_t D) {
   bf16* to = packed + q / 16 * packed_width(D) * 16 + q % 16 * 2;
   double lost = 0;
@@ -126,39 +126,6 @@ MC_INLINE void by_tiles(const KnnArgs& a, const Job<float>& job, Lists<float>& l
   }
 }
 
-// 8 rows by NV vectors of queries.
-template <int NV> MC_INLINE void pairs_tile(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Group& g, int64_t r, int64_t v) {
-  constexpr int R = 8;
-  const int64_t width = packed_width(a.D);
-  const bf16 *rows = g.rows + r * g.stride, *b = (const bf16*)job.packed + v * width * 16;
-  Vec<float> s[R][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; j++) s[i][j] = a.metric == kL2 ? splat(g.info[r + i]) : Vec<float>{};
-  for (int64_t d = 0; d < width; d += 2) {
-    __m512i x[NV];
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; j++) x[j] = _mm512_loadu_si512(b + (j * width + d) * 16);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      int32_t pair;
-      std::memcpy(&pair, rows + i * g.stride + d, 4);
-      const __m512i k = _mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; j++) __asm__("vdpbf16ps %2, %1, %0" : "+v"(s[i][j]) : "v"(k), "v"(x[j]));
-    }
-  }
-  settle<R, NV>(a, lists, s, g.info + r, job.slack + v * 16, v * 16, g.first + r);
-}
-MC_INLINE void by_pairs(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Group& g, int64_t begin, int64_t end) {
-  int64_t v = begin;
-  for (; v + 2 <= end; v += 2)
-    for (int64_t r = 0; r < kGroup; r += 8) pairs_tile<2>(a, job, lists, g, r, v);
-  if (v < end)
-    for (int64_t r = 0; r < kGroup; r += 8) pairs_tile<1>(a, job, lists, g, r, v);
-}
-
 // `info` has kGroup numbers more than the block has rows, NaN. Rows that cannot be read in place go to `copies` [kGroup, packed_width], zero
 // behind D.
 void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
@@ -174,8 +141,7 @@ void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, cons
         for (int64_t i = 0; i < n; i++) std::memcpy(copies + i * width, g.rows + i * a.D, (size_t)a.D * 2);
         g.rows = copies, g.stride = width;
       }
-      if (a.products == kTiles) by_tiles(a, job, lists, g, begin, end);
-      else by_pairs(a, job, lists, g, begin, end);
+      by_tiles(a, job, lists, g, begin, end);
     }
   }
 }

@@ -11,6 +11,7 @@ constexpr int kMaxVectors = 3;                         // of queries in a regist
 constexpr int kAlongTile = kBytes == 64 ? 16 : 8;      // rows times queries of a tile along the rows
 constexpr int64_t kBlockBytes = 96 * 1024;             // of rows that all queries see before the next
 constexpr int64_t kBlockRows = 48;                     // a block is a multiple of it, and so of every tile's rows
+constexpr int64_t kSampled = 32;                       // rows of which one is in the sample that thresholds come from
 constexpr int64_t kFewRows = 64;                       // distances by difference are as quick then
 
 template <class C> constexpr double kUnit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;

@@ -19,22 +19,22 @@ constexpr int64_t kChunk = 480, kWave = 64 << 20;  // queries of a job; bytes of
 
 int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-std::atomic<int64_t> most_products{kTiles}, rescanned{0};  // for tests and measurements
+std::atomic<bool> tiles_wanted{true};  // for tests
+std::atomic<int64_t> rescanned{0};
 
-// The best products of bfloat16 that this CPU has, within what the instruction set in force allows. A process must ask Linux for AMX's tiles.
-KnnProducts products_here() {
+// Whether AMX's products of bfloat16 are there and wanted. A process must ask Linux for the tile registers.
+bool has_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
-  static const KnnProducts best = [] {
+  static const bool has = [] {
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kWidened;
-    constexpr unsigned tiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
+    constexpr unsigned needed = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
-    if ((d & tiles) == tiles && syscall(SYS_arch_prctl, request, tile_data) == 0) return kTiles;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5) ? kPairs : kWidened;  // AVX512-BF16
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed && syscall(SYS_arch_prctl, request, tile_data) == 0;
   }();
-  if (isa() == kAvx512) return std::min(best, (KnnProducts)most_products.load(std::memory_order_relaxed));
+  return has && isa() == kAvx512 && tiles_wanted;
+#else
+  return false;
 #endif
-  return kWidened;
 }
 
 void search(KnnArgs& a) {
@@ -49,13 +49,9 @@ void search(KnnArgs& a) {
     a.shards = threads == 1 || most < 2 ? 1 : a.shards < most ? a.shards : most;
   }
   a.lanes = MC_PICK(knn_lanes)(a);
-  a.products = kWidened;
-  if (a.mirror) {
-    const KnnProducts here = products_here();
-    if (here == kTiles) a.lanes = true;
-    if (a.lanes) a.products = here;
-    if (a.lanes && here == kWidened) a.mirror = nullptr;  // products in float32 are as quick
-  }
+  a.tiles = a.mirror && a.chunk > 1 && has_tiles();
+  if (a.mirror && a.lanes && !a.tiles) a.mirror = nullptr;  // float32 products of the keys are as quick
+  a.lanes |= a.tiles;
   a.keep = a.k + (a.mirror ? 64 + a.k / 4 : a.k > 128 ? a.k / 4 : 32);
   a.capacity = 2 * a.keep + 128;
   a.scratch_size = MC_PICK(knn_scratch)(a);
@@ -226,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> knn_search_rows(OptionalTensor grad, Tensor i
 }
 
 int64_t knn_rescans() { return rescanned; }
-int64_t set_knn_products(int64_t most) { return most_products.exchange(most); }
+bool set_knn_tiles(bool wanted) { return tiles_wanted.exchange(wanted); }
 
 }  // namespace
 }  // namespace memcore
@@ -237,13 +233,13 @@ STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) {
   m.impl("knn_search_rows", TORCH_BOX(&memcore::knn_search_rows));
 }
 
-// Queries whose neighbours a mirror did not prove, so far; the best products of bfloat16 that may be used (0 widened, 1 pairs, 2 tiles).
+// Queries whose neighbours a mirror did not prove, so far; whether AMX may be used.
 STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
   m.def("_knn_rescans() -> int");
-  m.def("_set_knn_products(int most) -> int");
+  m.def("_set_knn_tiles(bool wanted) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
   m.impl("_knn_rescans", TORCH_BOX(&memcore::knn_rescans));
-  m.impl("_set_knn_products", TORCH_BOX(&memcore::set_knn_products));
+  m.impl("_set_knn_tiles", TORCH_BOX(&memcore::set_knn_tiles));
 }

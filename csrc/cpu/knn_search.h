@@ -7,9 +7,6 @@ namespace memcore {
 
 enum KnnMetric : int { kL2 = 0, kCosine = 1, kIp = 2 };
 
-// How a bfloat16 copy of the keys is scanned: widened, along the rows; or by products of bfloat16 pairs, of vectors (AVX512-BF16) or tiles (AMX).
-enum KnnProducts : int { kWidened = 0, kPairs = 1, kTiles = 2 };
-
 struct KnnArgs {
   DType dtype;
   int64_t A, Q, N, D, k;
@@ -28,7 +25,7 @@ struct KnnArgs {
   // candidates of every shard in a list of `capacity`.
   int64_t chunk, chunks, shards, keep, capacity;
   bool lanes;  // queries lie across the lanes of a vector, or, if there are few, rows do along it
-  KnnProducts products;
+  bool tiles;  // with a mirror: AMX's products of bfloat16, else it is widened
   char* scratch;
   int64_t scratch_size;  // of a job
   int64_t first;         // job that `scratch` begins with

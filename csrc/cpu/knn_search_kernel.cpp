@@ -26,7 +26,7 @@ template <class T> void prepare(const KnnArgs& a, int64_t begin, int64_t end) {
       job.state[q] = kFine, job.theta[q] = infinity<C>();
       const double factor = a.metric == kCosine ? -norm_of<C>(n2).inverse : a.metric == kIp ? -1 : a.lanes ? -2 : 1;
       double lost = 0;  // by rounding, squared
-      if (a.products != kWidened) {
+      if (a.tiles) {
         lost = pack_query((bf16*)job.packed, q, wide_q, factor, a.D);
       } else if (a.lanes) {
         const int64_t v = q / L;
@@ -57,18 +57,20 @@ template <class C> MC_INLINE C squared_norm(const C* row, int64_t D) {
   return sum<C>(s);
 }
 
+// A row's `info` from its squared norm; NaN where its products may overflow.
+template <class C> MC_INLINE C inform(const KnnArgs& a, C n2) {
+  if (a.metric == kL2) return n2;
+  if (!(n2 < (C)kHugeSquare<C>)) return (C)__builtin_nan("");
+  const C norm = root(n2);
+  return a.metric == kIp ? norm : norm < (C)kEps ? (C)(1 / kEps) : 1 / norm;
+}
+
 // A block's `info`. A finite row whose products may overflow is everybody's candidate.
 template <class C> MC_INLINE void describe(const KnnArgs& a, const C* rows, const C* norms, int64_t first, int64_t n, C* info, const Job<C>& job, int64_t queries, Lists<C>& lists) {
   for (int64_t r = 0; r < n; r++) {
     const C n2 = norms ? norms[first + r] : squared_norm(rows + r * a.D, a.D);
-    info[r] = n2;
-    if (a.metric == kL2) continue;
-    if (n2 < (C)kHugeSquare<C>) {
-      const C norm = root(n2);
-      info[r] = a.metric == kIp ? norm : norm < (C)kEps ? (C)(1 / kEps) : 1 / norm;
-      continue;
-    }
-    info[r] = (C)__builtin_nan("");
+    info[r] = inform(a, n2);
+    if (a.metric == kL2 || n2 < (C)kHugeSquare<C>) continue;
     C bad = 0;
     for (int64_t d = 0; d < a.D; d++) bad += rows[r * a.D + d] - rows[r * a.D + d];
     if (bad != 0) continue;
@@ -90,54 +92,97 @@ MC_INLINE int64_t leap(int64_t blocks) {
   }
 }
 
+template <class T> struct Scan {
+  typedef Acc<T> C;
+  const KnnArgs& a;
+  int64_t size;           // rows of a block
+  C *widened, *info;      // of a block; info and kGroup more
+  bf16 *copied, *copies;  // of a block; of a group
+  Job<C> job;
+  Queries mine;
+  Lists<C> lists;
+
+  // Rows in the accumulation type, or in the mirror's.
+  template <class S> MC_INLINE void pass(Lists<C>& to, const S* rows, int64_t first, int64_t n) {
+    const Block<C, S> block{rows, info, first, n};
+    fill(info + n, kGroup, (C)__builtin_nan(""));
+    if constexpr (__is_same(S, bf16) && __is_same(C, float)) {
+      if (a.lanes) products(a, job, to, block, copies);
+      else along(a, job, mine.n, to, block);
+    } else if constexpr (__is_same(S, C)) {
+      if (a.lanes) across(a, job, to, block);
+      else along(a, job, mine.n, to, block);
+    }
+  }
+
+  // Thresholds from a sample, one of every kSampled rows: the m-th best score of it, where m is so many that a neighbour lies beyond it for
+  // one query in a million, which the certificate tells. Without them the first rows would all be candidates.
+  void seed(const T* keys, const C* norms, const bf16* mirror, int64_t lo, int64_t hi) {
+    const int64_t rows = (hi - lo) / kSampled;
+    if (!a.lanes || mine.n < 8 || rows < 2 * kGroup) return;
+    const double share = 0.5 * (double)(a.k + a.keep) / (double)kSampled;
+    Lists<C> sample = lists;
+    sample.keep = (int64_t)(share + 4 * __builtin_sqrt(share)) + 4, sample.capacity = 4 * sample.keep;
+    for (int64_t first = 0; first < rows; first += size) {
+      const int64_t n = rows - first < size ? rows - first : size;
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t row = lo + (first + i) * kSampled + (uint32_t)((uint32_t)(first + i) * 2654435761u) / (uint32_t)(0x100000000 / kSampled);
+        C* wide = mirror ? widened : widened + i * a.D;
+        if (!mirror || !norms) widen(wide, keys + row * a.D, a.D);
+        if (mirror) copy(copied + i * a.D, mirror + row * a.D, a.D);
+        info[i] = inform(a, norms ? norms[row] : squared_norm<C>(wide, a.D));
+      }
+      if (mirror) pass(sample, copied, 0, n);
+      else pass(sample, widened, 0, n);
+    }
+    for (int64_t q = 0; q < mine.n; q++)
+      if (sample.size[q] >= sample.keep) sample.shrink(q);
+    clear(lists.size, job.lanes);
+  }
+
+  void shard(int64_t s) {
+    copy(lists.theta, job.theta, job.lanes);
+    clear(lists.size, job.lanes);
+    const int64_t n = a.rows(mine.a);
+    if (n <= kFewRows) return;
+    const T* keys = (const T*)a.keys + mine.a * a.N * a.D;
+    const C* norms = a.norms ? (const C*)a.norms + mine.a * a.N : nullptr;
+    const bf16* mirror = a.mirror ? (const bf16*)a.mirror + mine.a * a.N * a.D : nullptr;
+    const int64_t lo = n * s / a.shards, hi = n * (s + 1) / a.shards;
+    const int64_t blocks = (hi - lo + size - 1) / size, step = blocks > 0 ? leap(blocks) : 0;
+    seed(keys, norms, mirror, lo, hi);
+    for (int64_t j = 0, at = 0; j < blocks; j++, at = (at + step) % blocks) {
+      const int64_t first = lo + at * size, m = hi - first < size ? hi - first : size;
+      const C* rows = nullptr;
+      if constexpr (__is_same(T, C)) {
+        rows = keys + first * a.D;
+      } else {
+        widen(widened, keys + first * a.D, m * a.D);
+        rows = widened;
+      }
+      if (a.lanes || a.metric != kL2) describe(a, rows, norms, first, m, info, job, mine.n, lists);
+      if (mirror) pass(lists, mirror + first * a.D, first, m);
+      else pass(lists, rows, first, m);
+    }
+  }
+};
+
 template <class T> void scan(const KnnArgs& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
-  const int64_t element = a.mirror ? (int64_t)sizeof(bf16) : (int64_t)sizeof(C), unit = a.products == kWidened ? kBlockRows : 3 * kGroup;
+  const int64_t element = a.mirror ? (int64_t)sizeof(bf16) : (int64_t)sizeof(C), unit = a.tiles ? 3 * kGroup : kBlockRows;
   int64_t size = kBlockBytes / element / (a.D > 0 ? a.D : 1) / unit * unit;
   size = size < unit ? unit : size > 4032 ? 4032 : size;
   C *widened, *info;
-  bf16* copies;
-  const int64_t copied = a.products != kWidened ? kGroup * packed_width(a.D) : 0;
+  bf16 *copied, *copies;
+  const int64_t group = a.tiles ? kGroup * packed_width(a.D) : 0;
   Arena arena([&](Arena& x) {
-    x.take(widened, __is_same(T, C) ? 0 : size * a.D), x.take(info, size + kGroup), x.take(copies, copied);
+    x.take(widened, a.mirror ? a.D : size * a.D), x.take(info, size + kGroup), x.take(copied, a.mirror ? size * a.D : 0), x.take(copies, group);
   });
-  clear(copies, copied);
-  const Tiles tiles(a.products == kTiles);
+  clear(copies, group);
+  const Tiles tiles(a.tiles);
   for (int64_t i = begin; i < end; i++) {
     const Job<C> job = job_of<C>(a, i / a.shards);
-    const Queries mine = queries_of(a, i / a.shards);
-    Lists<C> lists = job.shard(a, i % a.shards);
-    copy(lists.theta, job.theta, job.lanes);
-    clear(lists.size, job.lanes);
-    const int64_t n = a.rows(mine.a), s = i % a.shards;
-    if (n <= kFewRows) continue;
-    const T* keys = (const T*)a.keys + mine.a * a.N * a.D;
-    const C* norms = a.norms ? (const C*)a.norms + mine.a * a.N : nullptr;
-    const int64_t lo = n * s / a.shards, hi = n * (s + 1) / a.shards;
-    const int64_t blocks = (hi - lo + size - 1) / size, step = blocks > 0 ? leap(blocks) : 0;
-    for (int64_t j = 0, at = 0; j < blocks; j++, at = (at + step) % blocks) {
-      const int64_t first = lo + at * size, m = hi - first < size ? hi - first : size;
-      if constexpr (__is_same(T, float)) {
-        if (a.mirror) {
-          const Block<float, bf16> block{(const bf16*)a.mirror + (mine.a * a.N + first) * a.D, info, first, m};
-          if (a.lanes || a.metric != kL2) describe(a, keys + first * a.D, norms, first, m, info, job, mine.n, lists);
-          fill(info + m, kGroup, (C)__builtin_nan(""));
-          if (a.lanes) products(a, job, lists, block, copies);
-          else along(a, job, mine.n, lists, block);
-          continue;
-        }
-      }
-      Block<C> block{nullptr, info, first, m};
-      if constexpr (__is_same(T, C)) {
-        block.rows = keys + block.first * a.D;
-      } else {
-        widen(widened, keys + block.first * a.D, block.n * a.D);
-        block.rows = widened;
-      }
-      if (a.lanes || a.metric != kL2) describe(a, block.rows, norms, block.first, block.n, info, job, mine.n, lists);
-      if (a.lanes) across(a, job, lists, block);
-      else along(a, job, mine.n, lists, block);
-    }
+    Scan<T>{a, size, widened, info, copied, copies, job, queries_of(a, i / a.shards), job.shard(a, i % a.shards)}.shard(i % a.shards);
   }
 }
 

@@ -13,7 +13,7 @@ from memcore.functional import knn_cache, knn_search
 from paths import PATHS, use_path
 
 NATIVE = [p for p in PATHS if p.startswith("native")]
-WAYS = [f"{p}-{most}" for p in NATIVE for most in (("widened", "pairs", "tiles") if p.endswith("avx512") else ("widened",))]
+WAYS = [f"{p}{tiles}" for p in NATIVE for tiles in (("", "-tiles") if p.endswith("avx512") else ("",))]
 METRICS = ["l2", "cosine", "ip"]
 
 if not NATIVE:
@@ -22,14 +22,13 @@ if not NATIVE:
 
 @pytest.fixture(params=WAYS)
 def way(request):
-    """Every instruction set, and of the best one all products of bfloat16; those that this CPU lacks become the next lesser."""
-    path, _, most = request.param.rpartition("-")
-    with use_path(path):
-        before = torch.ops.memcore._set_knn_products(("widened", "pairs", "tiles").index(most))
+    """Every instruction set, the best one with and without AMX's tiles (both without, where the CPU has none)."""
+    with use_path(request.param.removesuffix("-tiles")):
+        before = torch.ops.memcore._set_knn_tiles(request.param.endswith("-tiles"))
         try:
             yield request.param
         finally:
-            torch.ops.memcore._set_knn_products(before)
+            torch.ops.memcore._set_knn_tiles(before)
 
 
 def same(query, keys, k, cache=None, **options):
@@ -91,7 +90,7 @@ def test_ties_that_rounding_hides(way, metric):
     query = 3 * centre + 1e-3 * torch.randn(20, 48, generator=g)
     for Q in (2, 20):
         again = same(query[:Q], keys, 50, metric=metric)
-        assert again > 0 or metric == "ip" or Q == 20 and way.endswith("widened")  # which reads the keys themselves
+        assert again > 0 or metric == "ip" or Q == 20 and not way.endswith("-tiles")  # keys themselves are read
 
 
 @pytest.mark.parametrize("metric", METRICS)
