@@ -87,23 +87,23 @@ class Table {
       }
   }
 
-  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's steps. Addresses may be 0.
-  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding, uintptr_t steps) {
-    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, (int64_t*)steps};
+  // Keys, values, epoch and counts, cached norms, bfloat16 copies and greatest errors of them, optimizer's steps. The last three may be 0.
+  void bind(int64_t D, int64_t V, int64_t element, uintptr_t keys, uintptr_t values, uintptr_t head, uintptr_t norms, uintptr_t mirror,
+            uintptr_t rounding, uintptr_t steps) {
+    rings = {D, V, element, (char*)keys, (char*)values, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, (int64_t*)steps};
   }
 
-  // n entries at addresses into the rings at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
+  // n entries at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
   // slot and kind.
-  void write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
-                  int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
+  void write(uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries, int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
     if (!rings.head) throw std::logic_error("memcore._store: write before bind");
     const auto all = [&](auto* keys_at, auto* values_at) {
       using T = std::remove_pointer_t<decltype(keys_at)>;
       write_all(keys_at, values_at, (const T*)keys, (const T*)values, (const int64_t*)hashes, (const int64_t*)dictionaries, dictionary, n,
                 alpha, (int64_t*)to);
     };
-    if (rings.element == 4) all((float*)ring_keys, (float*)ring_values);
-    else all((double*)ring_keys, (double*)ring_values);
+    if (rings.element == 4) all((float*)rings.keys, (float*)rings.values);
+    else all((double*)rings.keys, (double*)rings.values);
   }
 
   // How many writes updated, appended, replaced, and were rejected.

@@ -197,9 +197,10 @@ class SlotTable {
   Array<Bucket> index;
 };
 
-// What is in host memory beside a table's keys and values, row by row, and is written with them.
+// Where a table's rows lie in host memory.
 struct Rings {
   int64_t D = 0, V = 0, element = 4;
+  char *keys = nullptr, *values = nullptr;
   int64_t* head = nullptr;  // an epoch, odd while rows change, then the counts
   char* norms = nullptr;
   uint16_t* mirror = nullptr;
