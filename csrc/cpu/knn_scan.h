@@ -210,9 +210,13 @@ MC_INLINE Vec<float> load_wide(const bf16* p) {
 #endif
 }
 MC_INLINE Vec<float> load_wide_part(const bf16* p, int n) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), 16);
+#else
   bf16 x[Lanes<float>::n] = {};
   std::memcpy(x, p, (size_t)n * sizeof(bf16));
   return load_wide(x);
+#endif
 }
 
 // R rows by QR queries along the rows; out [QR][R] has room for 4 more.
@@ -274,9 +278,8 @@ MC_INLINE void along_tile(const KnnArgs& a, const Job<C>& job, Lists<C>& lists, 
   }
 }
 
-template <int QR, class C, class S>
+template <int QR, int R, class C, class S>
 MC_INLINE void along_panel(const KnnArgs& a, const Job<C>& job, Lists<C>& lists, const Block<C, S>& block, int64_t q) {
-  constexpr int R = kAlongTile / QR;
   int64_t r = 0;
   for (; r + R <= block.n; r += R) {
     for (int64_t i = 0; i < R * a.D; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(block.rows + (r + 2 * R) * a.D + i, 0, 2);
@@ -287,9 +290,11 @@ MC_INLINE void along_panel(const KnnArgs& a, const Job<C>& job, Lists<C>& lists,
 
 template <class C, class S> void along(const KnnArgs& a, const Job<C>& job, int64_t queries, Lists<C>& lists, const Block<C, S>& block) {
   int64_t q = 0;
-  for (; q + 4 <= queries; q += 4) along_panel<4>(a, job, lists, block, q);
-  if (q + 2 <= queries) along_panel<2>(a, job, lists, block, q), q += 2;
-  if (q < queries) along_panel<1>(a, job, lists, block, q);
+  for (; q + 4 <= queries; q += 4) along_panel<4, kAlongTile / 4>(a, job, lists, block, q);
+  if (q + 2 <= queries) along_panel<2, kAlongTile / 2>(a, job, lists, block, q), q += 2;
+  if (q == queries) return;
+  if (a.D * (int64_t)sizeof(S) > 1024) along_panel<1, kAlongTile / 4>(a, job, lists, block, q);  // few streams of long rows
+  else along_panel<1, kAlongTile>(a, job, lists, block, q);
 }
 
 }  // namespace

@@ -170,7 +170,9 @@ template <class T> struct Scan {
 template <class T> void scan(const KnnArgs& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
   const int64_t element = a.mirror ? (int64_t)sizeof(bf16) : (int64_t)sizeof(C), unit = a.tiles ? 3 * kGroup : kBlockRows;
-  int64_t size = kBlockBytes / element / (a.D > 0 ? a.D : 1) / unit * unit;
+  const bool once = a.tiles ? a.chunk <= 16 * kPanel : !a.lanes;  // all queries see a row before the next
+  const int64_t bytes = once ? 8 * kBlockBytes : kBlockBytes;
+  int64_t size = bytes / element / (a.D > 0 ? a.D : 1) / unit * unit;
   size = size < unit ? unit : size > 4032 ? 4032 : size;
   C *widened, *info;
   bf16 *copied, *copies;
