@@ -119,7 +119,6 @@ _HEADS = {
     "knn": "the K nearest keys",
 }
 _SEARCHES = {"store": "us", "knn": "ms"}
-_NAIVE = "eager with dense gradients"
 _STEP_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")
 
 
@@ -159,9 +158,8 @@ def _growth(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
 def _searches(rows: Sequence[dict[str, Any]], suite: str, unit: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the tables of searches."""
     scale = {"ms": 1, "us": 1e3}[unit]
-    names = [n for n in ("memcore", "eager", "faiss", "naive") if any(r["variant"] == n for r in rows)]
-    shown = [_NAIVE if n == "naive" else n for n in names]
-    head = [_HEADS[suite], "of", *(f"{n}, {unit}" for n in shown), *(f"vs {n}" for n in shown[1:]), "gate", "met"]
+    names = [n for n in ("memcore", "eager", "faiss", "sparse eager") if any(r["variant"] == n for r in rows)]
+    head = [_HEADS[suite], "of", *(f"{n}, {unit}" for n in names), *(f"vs {n}" for n in names[1:]), "gate", "met"]
     lines = []
     for group in _grouped(rows).values():
         ours = group["memcore"]

@@ -210,7 +210,7 @@ def test_the_sequence_suite_times_every_axis_and_counts_what_is_kept(run, monkey
 
 @pytest.fixture
 def searches(monkeypatch):
-    """The quick knn suite's module, with exact variants made wrong on request."""
+    """The knn suite's module, at a size of next to nothing."""
     from memcore.bench import bench_knn
 
     monkeypatch.setattr(bench_knn, "QUICK", (((300, 8), (3,)),))
@@ -225,7 +225,7 @@ def test_the_knn_suite_times_both_kinds_of_keys_and_the_backward(run, searches):
         ("knn_search", "fwd", shape), ("knn_search, bf16 cache", "fwd", shape), ("knn_lookup, sparse", "bwd", "Gaussian (N=300,D=8,Q=32,K=10)"),
     ]  # fmt: skip
     lines = rows.markdown(run.rows).splitlines()
-    assert lines[0].startswith("| the K nearest keys | of | memcore, ms | eager, ms |") and "eager with dense gradients, ms" in lines[0]
+    assert lines[0].startswith("| the K nearest keys | of | memcore, ms | eager, ms |") and "sparse eager, ms" in lines[0]
     assert lines[2].startswith(f"| knn_search {shape} | fwd |")
 
 

@@ -282,7 +282,8 @@ template <int QR, int R, class C, class S>
 MC_INLINE void along_panel(const KnnArgs& a, const Job<C>& job, Lists<C>& lists, const Block<C, S>& block, int64_t q) {
   int64_t r = 0;
   for (; r + R <= block.n; r += R) {
-    for (int64_t i = 0; i < R * a.D; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(block.rows + (r + 2 * R) * a.D + i, 0, 2);
+    if (R == kAlongTile / QR)
+      for (int64_t i = 0; i < R * a.D; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(block.rows + (r + 2 * R) * a.D + i, 0, 2);
     along_tile<R, QR>(a, job, lists, block, r, q);
   }
   for (; r < block.n; r++) along_tile<1, QR>(a, job, lists, block, r, q);
