@@ -53,10 +53,11 @@ template <class T> void read(const KnnRead& a, int64_t begin, int64_t end) {
 template <class T> MC_INLINE void fetch(const KnnRead& a, int64_t place) {
   if (a.indices[place] < 0) return;
   const int64_t row = place / (a.Q * a.k) * a.N + a.indices[place];
-  const char *key = (const char*)((const T*)a.keys + row * a.D), *value = (const char*)((const T*)a.values + row * a.V);
-  for (int64_t i = 0; i < a.D * (int64_t)sizeof(T); i += 64) __builtin_prefetch(key + i, 0, 3);
-  if (a.kernel == kSearchAlone) return;
-  for (int64_t i = 0; i < a.V * (int64_t)sizeof(T); i += 64) __builtin_prefetch(value + i, 0, 3);
+  const auto lines = [](const T* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 0, 3);
+  };
+  lines((const T*)a.keys + row * a.D, a.D);
+  if (a.kernel != kSearchAlone) lines((const T*)a.values + row * a.V, a.V);
 }
 
 // One query and one dictionary: slopes of its neighbours, and its gradient, added to dq.

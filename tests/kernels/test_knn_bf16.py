@@ -156,8 +156,9 @@ def test_contract_cases_with_a_copy(way, name):
         for cache in (None, knn_cache(inputs["keys"], bf16=True)):
             leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
             found = function(**leaves, **sample.options, cache=cache)
-            loss = sum((t.nan_to_num(0, 0, 0) * torch.linspace(-1, 1, max(1, t.numel())).reshape(t.shape)).sum() for t in found if t.is_floating_point() and t.numel())  # fmt: skip
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if isinstance(loss, torch.Tensor) else ()
+            numbers = [t.nan_to_num(0, 0, 0).flatten() for t in found if t.is_floating_point()]
+            loss = sum((t * torch.linspace(-1, 1, t.numel())).sum() for t in numbers)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             results.append([*found, *(g for g in grads if g is not None)])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a.nan_to_num(nan=-math.pi), b.nan_to_num(nan=-math.pi)), sample
