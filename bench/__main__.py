@@ -10,7 +10,7 @@ from .._stdio import quiet_pipe
 
 __all__ = ["main"]
 
-SUITES = ("roofline", "ops", "step", "sequence", "train", "growth", "store")
+SUITES = ("roofline", "ops", "step", "sequence", "train", "growth", "store", "knn")
 EPILOG = """what runs:
   roofline  read bandwidth of L2, L3, DRAM; float32 matrix products; one aten call (half a minute)
   ops       every operator at three sizes, forward and forward + backward
@@ -19,6 +19,7 @@ EPILOG = """what runs:
   sequence  an NTM over a whole sequence, controller included, at three sizes; its time and saved bytes against B, N, W and T
   growth    how ntm_step's time and saved bytes grow with B, T, N, W; what 10,000 calls of every operator leave in memory
   store     memcore.DND's lookup, write and both as N grows, against a ring in PyTorch and faiss where it is installed
+  knn       exact search of the 50 nearest keys and its backward, against PyTorch and faiss, on Gaussian keys, SIFT, MNIST, Omniglot; --size is N
   table     Markdown tables of the newest rows          plot      figures of the newest rows
 
 variants: memcore; eager (tuned PyTorch); compile (the same under torch.compile); vectorised (of a step: formula by

@@ -116,7 +116,9 @@ _HEADS = {
     "growth": "`ntm_step` chained, (B,read/write heads,N,W), forward + backward",
     "held": "call",
     "store": "`memcore.DND`, one query",
+    "knn": "the K nearest keys",
 }
+_SEARCHES = {"store": "us", "knn": "ms"}
 _STEP_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")
 
 
@@ -177,15 +179,16 @@ def _met(ours: dict[str, Any], eager: dict[str, Any] | None, least: float | None
     return "yes" if ours["passed"] else "NO"
 
 
-def _store(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the store's table, in microseconds."""
-    names = [n for n in ("memcore", "eager", "faiss") if any(r["variant"] == n for r in rows)]
-    head = [_HEADS["store"], "of", *(f"{n}, us" for n in names), *(f"vs {n}" for n in names[1:]), "gate", "met"]
+def _searches(rows: Sequence[dict[str, Any]], suite: str, unit: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the tables of searches."""
+    scale = {"ms": 1, "us": 1e3}[unit]
+    names = [n for n in ("memcore", "eager", "faiss", "sparse eager") if any(r["variant"] == n for r in rows)]
+    head = [_HEADS[suite], "of", *(f"{n}, {unit}" for n in names), *(f"vs {n}" for n in names[1:]), "gate", "met"]
     lines = []
     for group in _grouped(rows).values():
         ours = group["memcore"]
         lines.append([
-            f"{ours['op']} {ours['shape']}", ours["pass"], *(f"{1e3 * group[n]['ms_median']:.3g}" if n in group else "" for n in names),
+            f"{ours['op']} {ours['shape']}", ours["pass"], *(f"{scale * group[n]['ms_median']:.3g}" if n in group else "" for n in names),
             *(_times(group[n]["ms_median"] / ours["ms_median"]) if n in group else "" for n in names[1:]),
             ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",
         ])  # fmt: skip
@@ -194,8 +197,8 @@ def _store(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one suite's table; columns nobody fills are left out."""
-    if suite == "store":
-        return _store([r for r in rows if r["suite"] == suite])
+    if suite in _SEARCHES:
+        return _searches([r for r in rows if r["suite"] == suite], suite, _SEARCHES[suite])
     if suite == "growth":
         return _growth([r for r in rows if r["suite"] == suite])
     head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "vectorised, ms", "as commonly written, ms",

@@ -18,7 +18,7 @@ from .rows import FIELDS, powers
 from .sequence import recurrences, sequence
 
 __all__ = [
-    "Run", "calls", "chain", "growth", "held", "ops", "roofline", "sequence", "step", "step_variants", "store", "train", "training_steps",
+    "Run", "calls", "chain", "growth", "held", "knn", "ops", "roofline", "sequence", "step", "step_variants", "store", "train", "training_steps",
 ]  # fmt: skip
 
 COPY_LENGTH = 20  # 41 time steps
@@ -456,6 +456,13 @@ def store(run: Run) -> None:
     from .bench_store import store
 
     store(run)
+
+
+def knn(run: Run) -> None:
+    """Exact search; see bench_knn.py."""
+    from .bench_knn import knn
+
+    knn(run)
 
 
 def roofline(run: Run) -> None:

@@ -209,6 +209,40 @@ def test_the_sequence_suite_times_every_axis_and_counts_what_is_kept(run, monkey
         assert theirs["saved_bytes"] > ours[0]["saved_bytes"]
 
 
+@pytest.fixture
+def searches(monkeypatch):
+    """The knn suite's module, at a size of next to nothing."""
+    from memcore.bench import bench_knn
+
+    monkeypatch.setattr(bench_knn, "QUICK", (((300, 8), (3,)),))
+    return bench_knn
+
+
+def test_the_knn_suite_times_both_kinds_of_keys_and_the_backward(run, searches):
+    runner.knn(run)
+    ours = [(r["op"], r["pass"], r["shape"]) for r in run.rows if r["variant"] == "memcore"]
+    shape = "Gaussian (N=300,D=8,Q=3,K=10)"
+    assert ours == [
+        ("knn_search", "fwd", shape), ("knn_search, bf16 cache", "fwd", shape), ("knn_lookup, sparse", "bwd", "Gaussian (N=300,D=8,Q=32,K=10)"),
+    ]  # fmt: skip
+    lines = rows.markdown(run.rows).splitlines()
+    assert lines[0].startswith("| the K nearest keys | of | memcore, ms | eager, ms |") and "sparse eager, ms" in lines[0]
+    assert lines[2].startswith(f"| knn_search {shape} | fwd |")
+
+
+def test_wrong_neighbours_are_never_timed(run, searches, monkeypatch):
+    right = memcore.functional.knn_search
+
+    def wrong(query, keys, k, *, cache):
+        d, i = right(query, keys, k + 1, cache=cache)
+        return (d[:, 1:], i[:, 1:]) if cache.mirror is not None else (d[:, :k], i[:, :k])
+
+    monkeypatch.setattr(memcore.functional, "knn_search", wrong)
+    with pytest.raises(RuntimeError, match=r"the neighbours of memcore bf16 knn_search Gaussian .* are wrong; nothing is timed"):
+        runner.knn(run)
+    assert not run.rows
+
+
 def test_tables_show_the_newest_rows(run, tmp_path):
     for eager in (2e-3, 8e-3):
         run.add("step", "ntm_step", STEPS["small"], "fwd+bwd", 1, _timings(memcore=1e-3, eager=eager, compile=4e-3), saved={"memcore": 7, "eager": 21}, memory=7, gate=Gate(6, 3, 1.2))  # fmt: skip
@@ -346,7 +380,7 @@ def test_foreign_columns_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["speed"], "'SUITE' must be one of roofline, ops, step, sequence, train, growth, store, table, plot, got 'speed'"),
+        (["speed"], "'SUITE' must be one of roofline, ops, step, sequence, train, growth, store, knn, table, plot, got 'speed'"),
         (["ops", "--device", "xpu"], "'--device' must be cpu, .*, got 'xpu'"),
         (["ops", "--threads", "0"], "'--threads' must be numbers >= 1"),
         (["ops", "--time", "0"], "'--time' must be > 0, got 0"),

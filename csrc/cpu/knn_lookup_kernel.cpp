@@ -49,6 +49,17 @@ template <class T> void read(const KnnRead& a, int64_t begin, int64_t end) {
   }
 }
 
+// Asks for the key and value of a neighbour, [A, Q, K].
+template <class T> MC_INLINE void fetch(const KnnRead& a, int64_t place) {
+  if (a.indices[place] < 0) return;
+  const int64_t row = place / (a.Q * a.k) * a.N + a.indices[place];
+  const auto lines = [](const T* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 0, 3);
+  };
+  lines((const T*)a.keys + row * a.D, a.D);
+  if (a.kernel != kSearchAlone) lines((const T*)a.values + row * a.V, a.V);
+}
+
 // One query and one dictionary: slopes of its neighbours, and its gradient, added to dq.
 template <class T> struct Slopes {
   typedef Acc<T> C;
@@ -62,6 +73,7 @@ template <class T> struct Slopes {
     const int64_t first = i / a.Q * a.N;
     C *to_query = (C*)a.to_query + i * a.k, *to_key = (C*)a.to_key + i * a.k, *weight = (C*)a.weight + i * a.k;
     double n2;
+    for (int64_t j = 0; j < a.k; j++) fetch<T>(a, i * a.k + j);
     const bool lost = !wide_query(query, a.D, q, &n2);
     distance.start(a.metric, a.D, q, n2);
     for (int64_t j = 0; j < a.k; j++) {
@@ -135,6 +147,7 @@ template <class T> void scatter(const KnnRead& a, int64_t begin, int64_t end) {
   C *dk, *dv;
   Arena arena([&](Arena& x) { x.take(dk, a.D), x.take(dv, a.V); });
   for (int64_t u = begin; u < end; u++) {
+    if (u + 8 < end) fetch<T>(a, a.places[a.starts[u + 8]]);
     fill(dk, a.D, (C)0), fill(dv, a.V, (C)0);
     for (int64_t p = a.starts[u]; p < a.starts[u + 1]; p++) {
       const int64_t place = a.places[p], i = place / a.k;

@@ -1,7 +1,14 @@
 #include "knn_search.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "knn_glue.h"
 
@@ -12,7 +19,25 @@ constexpr int64_t kChunk = 480, kWave = 64 << 20;  // queries of a job; bytes of
 
 int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-void run(KnnArgs& a) {
+std::atomic<bool> tiles_wanted{true};  // for tests
+std::atomic<int64_t> rescanned{0};
+
+// Whether AMX's products of bfloat16 are there and wanted. A process must ask Linux for the tile registers.
+bool has_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned needed = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed && syscall(SYS_arch_prctl, request, tile_data) == 0;
+  }();
+  return has && isa() == kAvx512 && tiles_wanted;
+#else
+  return false;
+#endif
+}
+
+void search(KnnArgs& a) {
   if (a.A * a.Q * a.k == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   a.chunks = up(a.Q, kChunk), a.chunk = up(a.Q, a.chunks);
@@ -23,9 +48,12 @@ void run(KnnArgs& a) {
     const int64_t most = a.N * a.D * (a.chunk < 8 ? a.chunk : a.chunk / 4 + 6) / 500000;  // a shard is worth a thread's while
     a.shards = threads == 1 || most < 2 ? 1 : a.shards < most ? a.shards : most;
   }
-  a.keep = a.k + (a.k > 128 ? a.k / 4 : 32);
-  a.capacity = 2 * a.keep + 128;
   a.lanes = MC_PICK(knn_lanes)(a);
+  a.tiles = a.mirror && a.chunk > 1 && has_tiles();
+  if (a.mirror && a.lanes && !a.tiles) a.mirror = nullptr;  // float32 products of the keys are as quick
+  a.lanes |= a.tiles;
+  a.keep = a.k + (a.mirror ? 64 + a.k / 4 : a.k > 128 ? a.k / 4 : 32);
+  a.capacity = 2 * a.keep + 128;
   a.scratch_size = MC_PICK(knn_scratch)(a);
   const int64_t wave = jobs * a.scratch_size <= kWave ? jobs : a.scratch_size < kWave ? kWave / a.scratch_size : 1;
   const std::unique_ptr<char[]> scratch(new char[(size_t)(wave * a.scratch_size) + 64]);
@@ -42,6 +70,39 @@ void run(KnnArgs& a) {
   }
 }
 
+// The neighbours that the mirror did not prove, by the float32 keys.
+void search_again(const KnnArgs& a) {
+  const int64_t row = a.D;
+  for (int64_t d = 0; d < a.A; d++) {
+    std::vector<int64_t> which;
+    for (int64_t q = 0; q < a.Q; q++)
+      if (a.uncertain[d * a.Q + q]) which.push_back(q);
+    if (which.empty()) continue;
+    const int64_t U = (int64_t)which.size();
+    std::vector<float> queries((size_t)(U * row)), distances((size_t)(U * a.k));
+    std::vector<int64_t> indices((size_t)(U * a.k));
+    for (int64_t u = 0; u < U; u++) std::copy_n((const float*)a.query + d * a.query_stride + which[(size_t)u] * row, row, queries.data() + u * row);
+    KnnArgs b = a;
+    b.A = 1, b.Q = U, b.query_stride = 0, b.query = queries.data(), b.keys = (const float*)a.keys + d * a.N * row;
+    b.count = a.count ? a.count + d : nullptr, b.norms = a.norms ? (const float*)a.norms + d * a.N : nullptr, b.mirror = nullptr;
+    b.distances = distances.data(), b.indices = indices.data();
+    search(b);
+    for (int64_t u = 0; u < U; u++) {
+      const int64_t to = (d * a.Q + which[(size_t)u]) * a.k;
+      std::copy_n(distances.data() + u * a.k, a.k, (float*)a.distances + to);
+      std::copy_n(indices.data() + u * a.k, a.k, a.indices + to);
+    }
+    rescanned += U;
+  }
+}
+
+void run(KnnArgs& a) {
+  std::vector<uint8_t> uncertain(a.mirror ? (size_t)(a.A * a.Q) : 0);
+  a.uncertain = uncertain.data();
+  search(a);
+  if (a.mirror) search_again(a);
+}
+
 Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), torch::headeronly::ScalarType::Long);
 }
@@ -55,15 +116,16 @@ std::vector<int64_t> result_shape(const Tensor& query, const Tensor& keys, int64
 
 }  // namespace
 
-Found knn_find(const Tensor& query, const Tensor& keys, const OptionalTensor& count, const OptionalTensor& norms, const OptionalTensor&,
-               const OptionalTensor&, int64_t k, int64_t metric) {
+Found knn_find(const Tensor& query, const Tensor& keys, const OptionalTensor& count, const OptionalTensor& norms, const OptionalTensor& mirror,
+               const OptionalTensor& rounding, int64_t k, int64_t metric) {
   KnnArgs a{};
   a.dtype = dtype_of(keys), a.metric = (int)metric, a.k = k;
   a.A = keys.dim() == 3 ? keys.size(0) : 1, a.N = keys.size(keys.dim() - 2), a.D = keys.size(keys.dim() - 1);
   a.Q = query.size(query.dim() - 2), a.query_stride = query.dim() == 3 ? a.Q * a.D : 0;
   if (a.N >= (int64_t)1 << 32) fail("memcore: kNN kernels take dictionaries of up to 2^32 - 1 rows");
-  const OptionalTensor rows = dense(count), squares = dense(norms);
+  const OptionalTensor rows = dense(count), squares = dense(norms), copies = dense(mirror), error = dense(rounding);
   a.query = in(query), a.keys = in(keys), a.count = (const int64_t*)in(rows), a.norms = in(squares);
+  if (a.dtype == DType::f32) a.mirror = in(copies), a.rounding = (const float*)in(error);
   const std::vector<int64_t> shape = result_shape(query, keys, k);
   const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.data(), shape.size());
   const auto type = a.dtype == DType::f64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
@@ -159,6 +221,9 @@ std::tuple<Tensor, Tensor, Tensor> knn_search_rows(OptionalTensor grad, Tensor i
   return {found.dquery, found.rows, found.dkeys};
 }
 
+int64_t knn_rescans() { return rescanned; }
+bool set_knn_tiles(bool wanted) { return tiles_wanted.exchange(wanted); }
+
 }  // namespace
 }  // namespace memcore
 
@@ -166,4 +231,15 @@ STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) {
   m.impl("knn_search_fwd", TORCH_BOX(&memcore::knn_search_fwd));
   m.impl("knn_search_bwd", TORCH_BOX(&memcore::knn_search_bwd));
   m.impl("knn_search_rows", TORCH_BOX(&memcore::knn_search_rows));
+}
+
+// Queries whose neighbours a mirror did not prove, so far; whether AMX may be used.
+STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
+  m.def("_knn_rescans() -> int");
+  m.def("_set_knn_tiles(bool wanted) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
+  m.impl("_knn_rescans", TORCH_BOX(&memcore::knn_rescans));
+  m.impl("_set_knn_tiles", TORCH_BOX(&memcore::set_knn_tiles));
 }

@@ -76,28 +76,34 @@ class Table {
   void touch_at(int64_t first, uintptr_t address, int64_t A, int64_t Q, int64_t K) {
     const int64_t* at = (const int64_t*)address;
     for (int64_t a = 0; a < A; a++)
-      for (int64_t q = 0; q < Q; q++, at += K)
-        for (int64_t k = K - 1; k >= 0; k--)
-          if (at[k] >= 0 && at[k] < slots.size(first + a)) slots.touch(first + a, at[k]);
+      for (int64_t q = 0; q < Q; q++, at += K) {
+        const auto each = [&](auto f) {
+          for (int64_t k = K - 1; k >= 0; k--)
+            if (at[k] >= 0 && at[k] < slots.size(first + a)) f(at[k]);
+        };
+        each([&](int64_t slot) { slots.fetch_slot(first + a, slot); });
+        each([&](int64_t slot) { slots.fetch_links(first + a, slot); });
+        each([&](int64_t slot) { slots.touch(first + a, slot); });
+      }
   }
 
-  // What goes with a row besides key and value: cached norm, bfloat16 copy, optimizer's steps. Addresses may be 0.
-  void bind(int64_t D, int64_t V, int64_t element, uintptr_t head, uintptr_t norms, uintptr_t mirror, uintptr_t rounding, uintptr_t steps) {
-    rings = {D, V, element, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, (int64_t*)steps};
+  // Keys, values, epoch and counts, cached norms, bfloat16 copies and greatest errors of them, optimizer's steps. The last three may be 0.
+  void bind(int64_t D, int64_t V, int64_t element, uintptr_t keys, uintptr_t values, uintptr_t head, uintptr_t norms, uintptr_t mirror,
+            uintptr_t rounding, uintptr_t steps) {
+    rings = {D, V, element, (char*)keys, (char*)values, (int64_t*)head, (char*)norms, (uint16_t*)mirror, (float*)rounding, (int64_t*)steps};
   }
 
-  // n entries at addresses into the rings at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
+  // n entries at addresses, one after another; `hashes`, `dictionaries` and `to` may be 0. `to` [n,2] gets
   // slot and kind.
-  void write(uintptr_t ring_keys, uintptr_t ring_values, uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries,
-                  int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
+  void write(uintptr_t keys, uintptr_t values, uintptr_t hashes, uintptr_t dictionaries, int64_t dictionary, int64_t n, double alpha, uintptr_t to) {
     if (!rings.head) throw std::logic_error("memcore._store: write before bind");
     const auto all = [&](auto* keys_at, auto* values_at) {
       using T = std::remove_pointer_t<decltype(keys_at)>;
       write_all(keys_at, values_at, (const T*)keys, (const T*)values, (const int64_t*)hashes, (const int64_t*)dictionaries, dictionary, n,
                 alpha, (int64_t*)to);
     };
-    if (rings.element == 4) all((float*)ring_keys, (float*)ring_values);
-    else all((double*)ring_keys, (double*)ring_values);
+    if (rings.element == 4) all((float*)rings.keys, (float*)rings.values);
+    else all((double*)rings.keys, (double*)rings.values);
   }
 
   // How many writes updated, appended, replaced, and were rejected.
@@ -117,7 +123,13 @@ class Table {
     const int64_t D = rings.D, V = rings.V, N = slots.N;
     for (int64_t i = 0; i < (dictionaries ? n : 1); i++) checked(dictionaries ? dictionaries[i] : a);
     publish(1);
+    uint64_t ahead[kAhead];
     for (int64_t i = 0; i < n; i++, keys += D, values += V) {
+      if (i % kAhead == 0) {
+        const int64_t m = n - i < kAhead ? n - i : kAhead;
+        for (int64_t j = 0; j < m; j++) ahead[j] = hashes ? (uint64_t)hashes[i + j] : hash_bytes(keys + j * D, D * (int64_t)sizeof(T));
+        if (m > 1) fetch(ring_keys, ring_values, ahead, m, dictionaries ? dictionaries + i : nullptr, a);
+      }
       if (dictionaries) a = dictionaries[i];
       if (!finite(keys, D) || !finite(values, V)) {
         counts[REJECTED]++;
@@ -125,7 +137,7 @@ class Table {
         continue;
       }
       SlotTable::Kind kind;
-      const int64_t slot = slots.put(a, hashes ? (uint64_t)hashes[i] : hash_bytes(keys, D * (int64_t)sizeof(T)), kind);
+      const int64_t slot = slots.put(a, ahead[i % kAhead], kind);
       const int64_t row = a * N + slot;
       counts[kind]++;
       if (to) to[2 * i] = slot, to[2 * i + 1] = kind;
@@ -140,6 +152,24 @@ class Table {
       if (kind == SlotTable::APPENDED) rings.head[1 + a] = slots.size(a);
     }
     publish(1);
+  }
+
+  // Asks for the memory that some entries will need, all of them at once.
+  template <class T> void fetch(const T* ring_keys, const T* ring_values, const uint64_t* hashes, int64_t n, const int64_t* dictionaries, int64_t a) const {
+    const auto owner = [&](int64_t i) { return dictionaries ? dictionaries[i] : a; };
+    int64_t found[kAhead];
+    for (int64_t i = 0; i < n; i++) slots.fetch_bucket(owner(i), hashes[i]);
+    for (int64_t i = 0; i < n; i++) found[i] = slots.fetch_node(owner(i), hashes[i]);
+    for (int64_t i = 0; i < n; i++) {
+      if (found[i] < 0) continue;
+      slots.fetch_links(owner(i), found[i]);
+      const int64_t row = owner(i) * slots.N + found[i], D = rings.D;
+      for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(ring_keys + row * D + d, 1);
+      __builtin_prefetch(ring_values + row * rings.V, 1);
+      __builtin_prefetch((const T*)rings.norms + row, 1);
+      if (rings.mirror)
+        for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(rings.mirror + row * D + d, 1);
+    }
   }
 
   template <class T> void set_key(T* to, const T* key, int64_t a, int64_t row) {
@@ -167,6 +197,7 @@ class Table {
   }
 
   static constexpr int REJECTED = 3;
+  static constexpr int64_t kAhead = 16;  // entries whose memory is asked for together
   SlotTable slots;
   Rings rings;
   int64_t counts[4] = {0, 0, 0, 0};

@@ -38,21 +38,21 @@ class SlotTable {
  public:
   enum Kind { UPDATED, APPENDED, REPLACED };
 
-  SlotTable(int64_t A, int64_t N)
-      : A(A), N(N), shift(64), buckets(2), count(A), hash(A * N), before(A * (N + 1)), after(A * (N + 1)), index(size_index(A)) {
+  SlotTable(int64_t A, int64_t N) : A(A), N(N), shift(32), buckets(2), count(A), nodes(A * (N + 1)), index(size_index(A)) {
     for (int64_t a = 0; a < A; a++) set_prev(a, N, N), set_next(a, N, N);
   }
 
   const int64_t A, N;
 
   int64_t size(int64_t a) const { return count[a]; }
-  uint64_t hash_of(int64_t a, int64_t slot) const { return hash[a * N + slot]; }
+  uint64_t hash_of(int64_t a, int64_t slot) const { return node(a, slot).hash; }
 
   int64_t find(int64_t a, uint64_t h) const {
-    const int32_t* t = &index[a * buckets];
-    for (int64_t i = home(h);; i = (i + 1) & (buckets - 1)) {
-      if (t[i] == 0) return -1;
-      if (hash[a * N + t[i] - 1] == h) return t[i] - 1;
+    const Bucket* t = &index[a * buckets];
+    const uint32_t tag = tag_of(h);
+    for (int64_t i = home(tag);; i = (i + 1) & (buckets - 1)) {
+      if (t[i].place == 0) return -1;
+      if (t[i].tag == tag && node(a, t[i].place - 1).hash == h) return t[i].place - 1;
     }
   }
 
@@ -74,13 +74,29 @@ class SlotTable {
       unindex(a, slot);
       touch(a, slot);
     }
-    hash[a * N + slot] = h;
+    node(a, slot).hash = h;
     enter(a, slot);
     return slot;
   }
 
+  // What `put` of h will want, step by step, each to be asked for some time before the next: its bucket; its node if it is there, else that of
+  // the entry used least recently; the neighbours of that in the order of use. The last two return the slot, -1 if a free one will do.
+  void fetch_bucket(int64_t a, uint64_t h) const { __builtin_prefetch(&index[a * buckets + home(tag_of(h))], 1); }
+  int64_t fetch_node(int64_t a, uint64_t h) const {
+    const uint32_t tag = tag_of(h);
+    const Bucket& t = index[a * buckets + home(tag)];
+    const int64_t slot = t.place && t.tag == tag ? t.place - 1 : count[a] < N ? -1 : next(a, N);
+    if (slot >= 0) fetch_slot(a, slot);
+    return slot;
+  }
+  void fetch_slot(int64_t a, int64_t slot) const { __builtin_prefetch(&node(a, slot), 1); }
+  void fetch_links(int64_t a, int64_t slot) const {
+    __builtin_prefetch(&node(a, prev(a, slot)), 1);
+    __builtin_prefetch(&node(a, next(a, slot)), 1);
+  }
+
   void touch(int64_t a, int64_t slot) {
-    if (before[a * (N + 1) + N] == slot) return;
+    if (prev(a, N) == slot) return;
     unlink(a, slot);
     link(a, slot);
   }
@@ -94,7 +110,7 @@ class SlotTable {
     moved = --count[a];
     if (moved != slot) {
       unindex(a, moved);
-      hash[a * N + slot] = hash[a * N + moved];
+      node(a, slot).hash = node(a, moved).hash;
       enter(a, slot);
       const int64_t p = prev(a, moved), n = next(a, moved);  // takes its place in the order of use, too
       set_prev(a, slot, p), set_next(a, slot, n), set_next(a, p, slot), set_prev(a, n, slot);
@@ -104,7 +120,7 @@ class SlotTable {
 
   void clear(int64_t a) {
     count[a] = 0;
-    std::memset(&index[a * buckets], 0, sizeof(int32_t) * (size_t)buckets);
+    std::memset(&index[a * buckets], 0, sizeof(Bucket) * (size_t)buckets);
     set_prev(a, N, N), set_next(a, N, N);
   }
 
@@ -123,11 +139,21 @@ class SlotTable {
   }
 
  private:
+  struct Node {
+    uint64_t hash;
+    int32_t before, after;
+  };
+  struct Bucket {
+    uint32_t tag;    // upper half of the mixed hash, so that a probe seldom asks a node
+    uint32_t place;  // slot + 1; 0: empty
+  };
+
   // The list of a dictionary is a ring through node N.
-  int64_t prev(int64_t a, int64_t s) const { return before[a * (N + 1) + s]; }
-  int64_t next(int64_t a, int64_t s) const { return after[a * (N + 1) + s]; }
-  void set_prev(int64_t a, int64_t s, int64_t to) { before[a * (N + 1) + s] = (int32_t)to; }
-  void set_next(int64_t a, int64_t s, int64_t to) { after[a * (N + 1) + s] = (int32_t)to; }
+  Node& node(int64_t a, int64_t s) const { return nodes[a * (N + 1) + s]; }
+  int64_t prev(int64_t a, int64_t s) const { return node(a, s).before; }
+  int64_t next(int64_t a, int64_t s) const { return node(a, s).after; }
+  void set_prev(int64_t a, int64_t s, int64_t to) { node(a, s).before = (int32_t)to; }
+  void set_next(int64_t a, int64_t s, int64_t to) { node(a, s).after = (int32_t)to; }
   void unlink(int64_t a, int64_t s) {
     const int64_t p = prev(a, s), n = next(a, s);
     set_next(a, p, n), set_prev(a, n, p);
@@ -143,35 +169,38 @@ class SlotTable {
     for (int64_t b = buckets; b > 1; b /= 2) shift--;
     return dictionaries * buckets;
   }
-  int64_t home(uint64_t h) const { return (int64_t)((h * 0x9e3779b97f4a7c15u) >> shift); }
+  static uint32_t tag_of(uint64_t h) { return (uint32_t)((h * 0x9e3779b97f4a7c15u) >> 32); }
+  int64_t home(uint32_t tag) const { return (int64_t)(tag >> shift); }
   void enter(int64_t a, int64_t slot) {
-    int32_t* t = &index[a * buckets];
-    int64_t i = home(hash[a * N + slot]);
-    while (t[i] != 0) i = (i + 1) & (buckets - 1);
-    t[i] = (int32_t)(slot + 1);
+    Bucket* t = &index[a * buckets];
+    const uint32_t tag = tag_of(node(a, slot).hash);
+    int64_t i = home(tag);
+    while (t[i].place != 0) i = (i + 1) & (buckets - 1);
+    t[i] = {tag, (uint32_t)slot + 1};
   }
   void unindex(int64_t a, int64_t slot) {
-    int32_t* t = &index[a * buckets];
+    Bucket* t = &index[a * buckets];
     const int64_t mask = buckets - 1;
-    int64_t gap = home(hash[a * N + slot]);
-    while (t[gap] != slot + 1) gap = (gap + 1) & mask;
-    for (int64_t i = (gap + 1) & mask; t[i] != 0; i = (i + 1) & mask) {
-      const int64_t want = home(hash[a * N + t[i] - 1]);
+    int64_t gap = home(tag_of(node(a, slot).hash));
+    while (t[gap].place != slot + 1) gap = (gap + 1) & mask;
+    for (int64_t i = (gap + 1) & mask; t[i].place != 0; i = (i + 1) & mask) {
+      const int64_t want = home(t[i].tag);
       if (((i - want) & mask) >= ((i - gap) & mask)) t[gap] = t[i], gap = i;
     }
-    t[gap] = 0;
+    t[gap].place = 0;
   }
 
   int shift;
   int64_t buckets;
   std::vector<int64_t> count;
-  Array<uint64_t> hash;
-  Array<int32_t> before, after, index;
+  Array<Node> nodes;
+  Array<Bucket> index;
 };
 
-// What is in host memory beside a table's keys and values, row by row, and is written with them.
+// Where a table's rows lie in host memory.
 struct Rings {
   int64_t D = 0, V = 0, element = 4;
+  char *keys = nullptr, *values = nullptr;
   int64_t* head = nullptr;  // an epoch, odd while rows change, then the counts
   char* norms = nullptr;
   uint16_t* mirror = nullptr;

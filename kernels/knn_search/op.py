@@ -22,7 +22,7 @@ class KnnCache(NamedTuple):
     norms: Tensor
     """[.., N] squared norms, float32 (float64 for float64 keys)."""
     mirror: Tensor | None = None
-    """[.., N, D] keys.bfloat16() of float32 keys; no kernel reads it yet."""
+    """[.., N, D] keys.bfloat16() of float32 keys, which the CPU scans instead of them."""
     rounding: Tensor | None = None
     """[..] at least max |mirror - key| / |key|, float32; without it 2^-8."""
 
@@ -60,7 +60,8 @@ def knn_cache(keys: Tensor, *, bf16: bool = False) -> KnnCache:
 
     Args:
         keys: [N, D] or [A, N, D].
-        bf16: keep a copy in bfloat16, too (float32 keys). No kernel reads it yet.
+        bf16: keep a copy in bfloat16, too (float32 keys). On the CPU candidates are found by it, with the same neighbours and distances as without
+            it: those that it cannot prove are searched again by the keys themselves.
 
     Returns:
         KnnCache. It does not follow later changes of the keys.
@@ -77,8 +78,10 @@ def knn_cache(keys: Tensor, *, bf16: bool = False) -> KnnCache:
         if not bf16:
             return KnnCache(norms)
         mirror = keys.bfloat16()
-        # Rounded up; a key that is no number, or whose norm is none, is never found by its bfloat16 copy.
-        ratio = (mirror.float() - keys).square().sum(-1).div(norms).sqrt().mul(1.001).nan_to_num(0, 0, 0)
+        # Rounded up; a key that is no number, or whose copy is none, is never found by its copy.
+        wide, norm = torch.float32 if keys.device.type == "mps" else torch.float64, torch.linalg.vector_norm
+        lost = norm(mirror.float() - keys, dim=-1, dtype=wide) / norm(keys, dim=-1, dtype=wide)
+        ratio = lost.mul(1.001).nan_to_num(0, 0, 0).float()
         return KnnCache(norms, mirror, ratio.amax(-1) if keys.shape[-2] else ratio.sum(-1))
 
 
