@@ -32,8 +32,12 @@ def _kernel(backend: str, name: str) -> Callable:
         return _found.setdefault((backend, name), found)
 
 
-def call_of(args: tuple[Any, ...], memory: int | None) -> _backend.Call:
-    """What the choice depends on: dtype, device and sizes; `memory` is the index of the argument [B, N, W] or [N, W], if any."""
+def call_of(args: tuple[Any, ...], arguments: list[str]) -> _backend.Call:
+    """What the choice depends on: dtype, device and sizes."""
+    if "keys" in arguments:
+        query, keys = args[arguments.index("query")], args[arguments.index("keys")]
+        return _backend.Call(keys.dtype, keys.device, query.shape[-2], *keys.shape[-2:], args[arguments.index("k")])
+    memory = arguments.index("memory") if "memory" in arguments else None  # [B, N, W] or [N, W]
     some = next(t for t in args if isinstance(t, Tensor) and t.dim() == 3)
     if memory is None:
         return _backend.Call(some.dtype, some.device, some.shape[0], some.shape[-1], 0)
@@ -44,12 +48,11 @@ def call_of(args: tuple[Any, ...], memory: int | None) -> _backend.Call:
 def implement(library: torch.library.Library, name: str, inputs: str, returns: str, reference: Callable) -> None:
     """Give `memcore::<name>` its chooser at key CUDA, and the native kernel behind it its schema; `reference` is the last resort."""
     arguments = [part.split()[1] for part in inputs.split(", ")]
-    memory = arguments.index("memory") if "memory" in arguments else None
     if f"memcore::_{name}_cuda" in _backend.native_gpu_registered:
         library.define(f"_{name}_cuda({inputs}) -> {returns}")
 
     def choose(*args):
-        call = call_of(args, memory)
+        call = call_of(args, arguments)
         for backend in _backend.gpu_order(name, call):
             if backend == "reference":
                 break

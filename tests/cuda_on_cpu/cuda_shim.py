@@ -161,9 +161,12 @@ def _saved(op: str) -> int:
     return sum(a.name.startswith("saved_") for a in schema.arguments)
 
 
+_SEARCH = {"count", "norms", "mirror", "rounding"}
+
+
 @lru_cache(maxsize=None)
 def _differentiable(op: str) -> tuple[str, ...]:
-    not_ = {"content_addressing": {"mask"}, "lrua_write": {"usage"}, "ntm_sequence": {"lengths"}}.get(op, set())
+    not_ = {"content_addressing": {"mask"}, "lrua_write": {"usage"}, "ntm_sequence": {"lengths"}, "knn_search": _SEARCH, "knn_lookup": _SEARCH}.get(op, set())
     return tuple(n for n in _tensor_names(op) if n not in not_)
 
 

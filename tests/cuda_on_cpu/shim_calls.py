@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_shim
 import test_ntm_sequence
-from cases import S, case, step, twist
+from cases import Case, S, case, step, twist
 from contract import run
 
-__all__ = ["MORE", "SEQUENCES", "Call", "calls_of", "sequence_calls", "write"]
+__all__ = ["LIMITS", "MORE", "SEQUENCES", "Call", "calls_of", "limits_of", "sequence_calls", "write"]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 # What the cases of ntm_sequence leave out: more sums than a block has threads. And small ones that reach every line of the kernel, for mutants.
@@ -33,13 +33,37 @@ def _some_zeros(t: Tensor) -> None:
     t[..., ::2] = 0
 
 
+# Shared memory of a block: all fits, the memory does not, next to nothing does. A search's blocks have no other form.
+LIMITS = (cuda_shim.LIMIT, 9 * 1024 + 512, 128)
+ONE_FORM = ("knn_search", "knn_lookup")
+
+def _coarse(x: dict) -> None:
+    """Many ties, exact in every type."""
+    for k in x:
+        x[k] = (3 * x[k]).round()
+
+
+# Ties beyond what a list keeps, several shards, lists that are cut, columns in chunks; at the end no columns at all.
+SEARCHES = [
+    *(S(f"coarse_{m}", _coarse, {"k": 4, "metric": m}, B=2, N=150, W=3) for m in ("l2", "ip", "cosine")),
+    *(S(f"many_{m}", None, {"k": 8, "metric": m}, B=9, N=350, W=5) for m in ("l2", "ip", "cosine")),
+    S("N700_W40", None, {"k": 3}, A=2, B=5, N=700, W=40),
+    S("few_N900_k40", None, {"k": 40}, B=3, N=900, W=3),
+    S("W0", None, {"k": 3}, B=2, N=60, W=0),
+]
+
 # What the contract's samples leave out: more heads than a kernel takes at a time, nothing to choose from, powers below zero.
 MORE = [
     *((case(op), S("H9", H=9, N=20)) for op in ("content_addressing", "ntm_addressing", "read", "erase_add_write", "lrua_write")),
     (case("ntm_step"), step("r9_w5", 9, 5)),
     (case("lrua_write"), S("N0", N=0)),
     (case("sharpen"), S("gamma_negative", twist(weights=_some_zeros, gamma=-2.0), N=7)),
+    *((case("knn_search"), s) for s in SEARCHES),
 ]
+
+
+def limits_of(case: Case) -> tuple[int, ...]:
+    return LIMITS[:1] if case.name in ONE_FORM else LIMITS
 
 
 @dataclass

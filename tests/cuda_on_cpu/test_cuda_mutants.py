@@ -18,7 +18,7 @@ import test_cuda_sequence
 import torch
 
 from cases import CASES
-from test_cuda_sanitizers import LIMITS
+from shim_calls import LIMITS, limits_of
 
 RESULTS = shim_build.ROOT / "results" / "gpu" / "cuda_mutants.json"
 MUTANTS = mutants.marked_sources()[1]
@@ -66,7 +66,7 @@ class Lab:
         self.calls = [
             call
             for case, sample in pairs
-            for limit in (LIMITS if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
+            for limit in (limits_of(case) if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
             for call in shim_calls.calls_of(case, sample, torch.float32, limit)
         ]
         self.calls += test_cuda_sequence.recorded(test_cuda_sequence.MUTATED)
