@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend
 
-__all__ = ["choosers", "implement"]
+__all__ = ["choosers", "implement", "implement_rows", "takes_rows"]
 
 choosers: dict[str, Callable] = {}
 """What is registered at key CUDA, by name: "<op>_fwd", "<op>_bwd", and in-place operators."""
@@ -65,3 +65,18 @@ def implement(library: torch.library.Library, name: str, inputs: str, returns: s
 
     library.impl(name, choose, "CUDA")
     choosers[name] = choose
+
+
+def implement_rows(library: torch.library.Library, name: str, schema: str) -> None:
+    """Give the row-sparse backward `memcore::<name>` the native kernel at key CUDA, if there is one."""
+    if f"memcore::_{name}_cuda" in _backend.native_gpu_registered:
+        library.define(f"_{name}_cuda{schema}")
+        library.impl(name, lambda *args: _kernel("native", name)(*args), "CUDA")
+
+
+def takes_rows(op: str, query: Tensor, keys: Tensor, k: int) -> bool:
+    """Whether a search with row-sparse gradients goes to kernels: on CPUs, and where CUDA's take it."""
+    if query.device.type == "cpu":
+        return True
+    call = call_of((query, keys, k), ["query", "keys", "k"])
+    return query.device.type == "cuda" and _backend.takes_native(f"{op}_fwd", call)

@@ -34,7 +34,23 @@ inline Tensor of_queries(const Tensor& keys, const KnnArgs& a, int64_t size) {
 inline Tensor integers_of_queries(const Tensor& keys, const KnnArgs& a) {
   return keys.dim() == 3 ? integers(keys, {a.A, a.Q, a.K}) : integers(keys, {a.Q, a.K});
 }
-inline Tensor zeros_like(const Tensor& t) { return torch::stable::new_zeros(t, t.sizes()); }
+
+// Where gradients of rows go: tensors of their shapes, or the rows that are used (KnnArgs::rows). Without a dictionary row there is nothing.
+struct Gradients {
+  Tensor dquery, rows, dkeys, dvalues;
+
+  Gradients(KnnArgs& a, const Tensor& query, const Tensor& keys, const OptionalTensor& values, bool sparse)
+      : dquery(make_like(query)), rows(integers(keys, {keys.dim() - 1, sparse && a.N > 0 ? a.A * a.Q * a.K : 0})), dkeys(gradient(keys, sparse)),
+        dvalues(values ? gradient(*values, sparse) : make(keys, {0})) {
+    a.dquery = out(dquery), a.dkeys = out(dkeys), a.dvalues = out(dvalues);
+    a.rows = rows.numel() ? (int64_t*)out(rows) : nullptr, a.stacked = keys.dim() == 3;
+  }
+
+ private:
+  Tensor gradient(const Tensor& t, bool sparse) const {
+    return sparse ? make(t, {rows.size(1), t.size(t.dim() - 1)}) : torch::stable::new_zeros(t, t.sizes());
+  }
+};
 
 // Each dictionary's indices in order, equal ones in that of the queries, and where each was.
 class Sorted {

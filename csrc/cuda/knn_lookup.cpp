@@ -30,21 +30,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
   return {output, weights, indices, distances, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(
-    OptionalTensor grad_output, OptionalTensor grad_weights, OptionalTensor, OptionalTensor grad_distances, Tensor indices, Tensor query, Tensor keys,
-    Tensor values, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t, int64_t metric, int64_t kernel, double delta) {
+Gradients gradients(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_weights, const OptionalTensor& grad_distances, Tensor indices, Tensor query,
+    Tensor keys, Tensor values, int64_t metric, int64_t kernel, double delta, bool sparse) {
   const OnDevice on(query);
   query = dense(query), keys = dense(keys), values = dense(values), indices = dense(indices);
-  grad_output = dense(grad_output), grad_weights = dense(grad_weights), grad_distances = dense(grad_distances);
+  const OptionalTensor of_output = dense(grad_output), of_weights = dense(grad_weights), of_distances = dense(grad_distances);
   KnnArgs a = arguments(on, query, keys, values, indices.size(indices.dim() - 1), metric, kernel, delta);
-  Tensor dquery = make_like(query), dkeys = zeros_like(keys), dvalues = zeros_like(values);
-  a.grad_output = in(grad_output), a.grad_weights = in(grad_weights), a.grad_distances = in(grad_distances);
-  a.dquery = out(dquery), a.dkeys = out(dkeys), a.dvalues = out(dvalues);
+  const Gradients found(a, query, keys, values, sparse);
+  a.grad_output = in(of_output), a.grad_weights = in(of_weights), a.grad_distances = in(of_distances);
   const Sorted sorted(a, indices);
   const Workspace workspace(keys, mc_knn_lookup_bwd_workspace(&a));
   a.workspace = workspace.data();
   on.check(kName, mc_knn_lookup_bwd(&a, on.stream()));
-  return {dquery, dkeys, dvalues};
+  return found;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd(
+    OptionalTensor grad_output, OptionalTensor grad_weights, OptionalTensor, OptionalTensor grad_distances, Tensor indices, Tensor query, Tensor keys,
+    Tensor values, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t, int64_t metric, int64_t kernel, double delta) {
+  const Gradients g = gradients(grad_output, grad_weights, grad_distances, indices, query, keys, values, metric, kernel, delta, false);
+  return {g.dquery, g.dkeys, g.dvalues};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rows(
+    OptionalTensor grad_output, OptionalTensor grad_weights, OptionalTensor grad_distances, Tensor indices, Tensor query, Tensor keys, Tensor values,
+    int64_t metric, int64_t kernel, double delta) {
+  const Gradients g = gradients(grad_output, grad_weights, grad_distances, indices, query, keys, values, metric, kernel, delta, true);
+  return {g.dquery, g.rows, g.dkeys, g.dvalues};
 }
 
 }  // namespace
@@ -54,4 +67,5 @@ std::tuple<Tensor, Tensor, Tensor> bwd(
 MC_IMPL(m) {
   m.impl("_knn_lookup_fwd_cuda", TORCH_BOX(&memcore::cuda::fwd));
   m.impl("_knn_lookup_bwd_cuda", TORCH_BOX(&memcore::cuda::bwd));
+  m.impl("_knn_lookup_rows_cuda", TORCH_BOX(&memcore::cuda::rows));
 }

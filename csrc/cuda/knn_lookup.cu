@@ -155,10 +155,20 @@ template <class T> MC_KERNEL knn_slopes_kernel(KnnArgs a) {
 template <class T> MC_KERNEL knn_scatter_kernel(KnnArgs a) {
   const int64_t pairs = a.Q * a.K, at = blockIdx.x * (int64_t)kWarps + threadIdx.x / 32, b = at / pairs, begin = at % pairs;
   if (b >= a.A) return;
-  const int64_t *sorted = a.sorted + b * pairs, *places = a.places + b * pairs, row = sorted[begin];
-  if (row < 0 || (begin > 0 && sorted[begin - 1] == row)) return;
-  int64_t end = begin + 1;
-  while (end < pairs && sorted[end] == row) end++;
+  const int64_t *sorted = a.sorted + b * pairs, *places = a.places + b * pairs;
+  int64_t row = sorted[begin], end = begin;
+  if (row >= 0 && !(begin > 0 && sorted[begin - 1] == row))
+    while (end < pairs && sorted[end] == row) end++;
+  if (a.rows) {
+    if (row < 0) row = sorted[pairs - 1] < 0 ? 0 : sorted[pairs - 1];  // one that is there anyway
+    if ((threadIdx.x & 31) == 0) {
+      if (a.stacked) a.rows[at] = b;
+      a.rows[(a.stacked ? a.A * pairs : 0) + at] = row;
+    }
+  } else if (begin == end) {
+    return;
+  }
+  const int64_t to = a.rows ? at : b * a.N + row;
   const T* key = (const T*)a.keys + (b * a.N + row) * a.D;
   for (int64_t d = threadIdx.x & 31; d < a.D; d += 32) {
     float sum = 0;
@@ -169,7 +179,7 @@ template <class T> MC_KERNEL knn_scatter_kernel(KnnArgs a) {
       const float q = wide(query_of<T>(a, b, place / a.K)[d]), k = wide(key[d]);
       sum += a.metric == kL2 ? x * (q - k) : x * q - y * k;
     }
-    ((T*)a.dkeys)[(b * a.N + row) * a.D + d] = narrow<T>(sum);
+    ((T*)a.dkeys)[to * a.D + d] = narrow<T>(sum);
   }
   if (a.kernel == kSearchAlone) return;
   for (int64_t v = threadIdx.x & 31; v < a.V; v += 32) {
@@ -178,7 +188,7 @@ template <class T> MC_KERNEL knn_scatter_kernel(KnnArgs a) {
       const float w = a.weight[b * pairs + places[i]];
       if (a.grad_output && w != 0) sum += w * wide(((const T*)a.grad_output)[(b * a.Q + places[i] / a.K) * a.V + v]);
     }
-    ((T*)a.dvalues)[(b * a.N + row) * a.V + v] = narrow<T>(sum);
+    ((T*)a.dvalues)[to * a.V + v] = narrow<T>(sum);
   }
 }
 

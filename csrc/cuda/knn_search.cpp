@@ -20,19 +20,30 @@ std::tuple<Tensor, Tensor, Tensor> fwd(
   return {distances, indices, kept};
 }
 
-std::tuple<Tensor, Tensor> bwd(
-    OptionalTensor grad, OptionalTensor, Tensor indices, Tensor query, Tensor keys, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-    int64_t, int64_t metric) {
+Gradients gradients(const OptionalTensor& grad, Tensor indices, Tensor query, Tensor keys, int64_t metric, bool sparse) {
   const OnDevice on(query);
-  query = dense(query), keys = dense(keys), indices = dense(indices), grad = dense(grad);
+  query = dense(query), keys = dense(keys), indices = dense(indices);
+  const OptionalTensor g = dense(grad);
   KnnArgs a = knn_arguments(kName, on, query, keys, indices.size(indices.dim() - 1), metric);
-  Tensor dquery = make_like(query), dkeys = zeros_like(keys);
-  a.grad_distances = in(grad), a.dquery = out(dquery), a.dkeys = out(dkeys);
+  const Gradients found(a, query, keys, std::nullopt, sparse);
+  a.grad_distances = in(g);
   const Sorted sorted(a, indices);
   const Workspace workspace(keys, mc_knn_search_bwd_workspace(&a));
   a.workspace = workspace.data();
   on.check(kName, mc_knn_search_bwd(&a, on.stream()));
-  return {dquery, dkeys};
+  return found;
+}
+
+std::tuple<Tensor, Tensor> bwd(
+    OptionalTensor grad, OptionalTensor, Tensor indices, Tensor query, Tensor keys, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+    int64_t, int64_t metric) {
+  const Gradients found = gradients(grad, indices, query, keys, metric, false);
+  return {found.dquery, found.dkeys};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rows(OptionalTensor grad, Tensor indices, Tensor query, Tensor keys, int64_t metric) {
+  const Gradients found = gradients(grad, indices, query, keys, metric, true);
+  return {found.dquery, found.rows, found.dkeys};
 }
 
 }  // namespace
@@ -42,4 +53,5 @@ std::tuple<Tensor, Tensor> bwd(
 MC_IMPL(m) {
   m.impl("_knn_search_fwd_cuda", TORCH_BOX(&memcore::cuda::fwd));
   m.impl("_knn_search_bwd_cuda", TORCH_BOX(&memcore::cuda::bwd));
+  m.impl("_knn_search_rows_cuda", TORCH_BOX(&memcore::cuda::rows));
 }

@@ -25,7 +25,11 @@ struct KnnArgs {
   // backward
   const void *grad_distances, *grad_weights, *grad_output;  // null: zero
   const int64_t *sorted, *places;                           // [A, Q * K]: a dictionary's indices in order, and where each was
-  void *dquery, *dkeys, *dvalues;                           // those of keys and values hold zeros
+  void *dquery, *dkeys, *dvalues;                           // those of keys and values hold zeros, but with `rows`
+  // [2 or 1, A * Q * K], dictionary (if stacked) and row of each row of dkeys and dvalues, which are [A * Q * K, ..] then: the sum of a row's
+  // neighbours at one of them, zeros at the others, so that no size depends on what was found; null: dkeys and dvalues have their tensors' shapes
+  int64_t* rows;
+  int64_t stacked;
   // of each neighbour, [A, Q, K]: dkey = to_query * query - to_key * key (l2: to_query * (query - key)), dvalue = weight * grad_output
   float *to_query, *to_key, *weight;
   void* workspace;

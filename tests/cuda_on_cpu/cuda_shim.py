@@ -30,7 +30,7 @@ def operators() -> list[str]:
 
 def _define(op: str) -> None:
     """Schemas of the internal operators, if the package has none yet."""
-    for way in ("fwd", "bwd"):
+    for way in ("fwd", "bwd", *(["rows"] if hasattr(torch.ops.memcore, f"{op}_rows") else [])):
         name = f"_{op}_{way}_cuda"
         if not torch._C._dispatch_has_kernel(f"memcore::{name}") or not hasattr(torch.ops.memcore, name):
             schema = str(getattr(torch.ops.memcore, f"{op}_{way}").default._schema)
