@@ -9,7 +9,7 @@ namespace cuda {
 // keeps them in range.
 template <class D> __device__ inline void weigh(const KnnArgs& a, D d, double* w, double* slots) {
   double sum = 0;
-  const double nearest = d(0);
+  const double nearest = a.K > 0 ? d(0) : 0;
   for (int k = threadIdx.x; k < a.K; k += kThreads) {
     const float x = d(k);
     const double of = a.kernel == kInverseDistance ? (nearest + a.delta) / (x + a.delta)
@@ -40,7 +40,7 @@ template <class T> MC_KERNEL knn_read_kernel(KnnArgs a) {
   const int64_t* rows = a.indices + item * a.K;
   const float *found = a.found + item * a.K, nan = __int_as_float(0x7fc00000);
   const bool nowhere = a.K > 0 && found[0] != found[0];
-  if (a.K > 0) weigh(a, [&](int k) { return found[k]; }, block.w, block.slots);
+  weigh(a, [&](int k) { return found[k]; }, block.w, block.slots);
   __syncthreads();
   for (int k = threadIdx.x; k < a.K; k += kThreads) ((T*)a.weights)[item * a.K + k] = narrow<T>(nowhere ? nan : (float)block.w[k]);
   const Columns cols((int)a.V);
@@ -79,7 +79,6 @@ template <class T> MC_KERNEL knn_slopes_kernel(KnnArgs a) {
   const int64_t q = blockIdx.x % a.Q, first = blockIdx.x / a.Q, last = one ? a.A : first + 1;
   const T* query = query_of<T>(a, first, q);
   const Distance<T> distance(a, query);
-  const bool nowhere = lost(query, a.D);
   double own = 0;  // cosine: the query's gradient has this much of the query
   for (int64_t b = first; b < last; b++) {
     const int64_t item = b * a.Q + q;
@@ -88,14 +87,14 @@ template <class T> MC_KERNEL knn_slopes_kernel(KnnArgs a) {
     for (int k0 = distance.first(); k0 < K; k0 += distance.step()) {
       const int k = distance.row(k0);
       const int64_t row = k < K ? rows[k] : -1;
-      const bool on = row >= 0 && !nowhere;
+      const bool on = row >= 0;
       Norm norm;
-      const float d = distance((const T*)a.keys + (b * a.N + (on ? row : 0)) * a.D, on, norm);
+      const float d = distance((const T*)a.keys + (b * a.N + row) * a.D, on, norm);
       if (distance.lane == 0 && k < K) block.d[k] = on ? d : infinity(), block.n2[k] = norm.n2;
     }
     __syncthreads();
     double mean = 0;
-    if (a.kernel != kSearchAlone && K > 0) {
+    if (a.kernel != kSearchAlone) {
       weigh(a, [&](int k) { return block.d[k]; }, block.w, block.slots);
       const int lanes = dot_lanes((int)a.V), lane = threadIdx.x & (lanes - 1);
       for (int k0 = (int)(threadIdx.x & ~31u) / lanes; k0 < K; k0 += kThreads / lanes) {

@@ -274,7 +274,7 @@ template <class T> MC_KERNEL knn_finish_kernel(KnnLaunch launch) {
       for (int64_t first = distance.first(); first < count; first += distance.step()) {
         const int64_t i = first + (threadIdx.x & 31) / distance.lanes;
         const bool on = i < count;
-        const int64_t r = on ? row(i) : 0;
+        const int64_t r = row(i);  // beyond `count`: any, nothing is read
         const float d = distance(keys + r * a.D, on, norm);
         __syncwarp();  // `put` may write what `row` reads
         if (distance.lane == 0 && on) put(i, pack(d, r));
@@ -284,7 +284,6 @@ template <class T> MC_KERNEL knn_finish_kernel(KnnLaunch launch) {
     if (p.direct) {
       n = (int)rows;
       exact(rows, [](int64_t i) { return i; }, [&](int64_t i, uint64_t x) { best.list[i] = x; });
-      __syncthreads();
       n = best.cut(n);
     } else {
       const uint64_t* lists = launch.lists + item * p.keep * p.shards;
@@ -298,7 +297,6 @@ template <class T> MC_KERNEL knn_finish_kernel(KnnLaunch launch) {
       const float others = score_of(best.list[best.keep - 1]);
       __syncthreads();
       exact(n, [&](int64_t i) { return candidate_row(best.list[i]); }, [&](int64_t i, uint64_t x) { best.list[i] = x; });
-      __syncthreads();
       n = best.cut(n);
       const float last = score_of(best.list[a.K - 1]);
       if (rows > n && !(last < lower_bound(a, others, sqrt(distance.own.n2)))) {
