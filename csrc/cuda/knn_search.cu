@@ -296,7 +296,7 @@ template <class T> MC_KERNEL knn_finish_kernel(KnnLaunch launch) {
       n = best.cut(*best.size);
       const float others = score_of(best.list[best.keep - 1]);
       __syncthreads();
-      exact(n, [&](int64_t i) { return candidate_row(best.list[i]); }, [&](int64_t i, uint64_t x) { best.list[i] = x; });
+      exact(n, [&](int64_t i) { return i < n ? candidate_row(best.list[i]) : 0; }, [&](int64_t i, uint64_t x) { best.list[i] = x; });
       n = best.cut(n);
       const float last = score_of(best.list[a.K - 1]);
       if (rows > n && !(last < lower_bound(a, others, sqrt(distance.own.n2)))) {

@@ -147,9 +147,8 @@ def _record(label: str, limit: int, op: str, way: str, args: tuple) -> Call | No
         known[t.data_ptr()] = (t.nbytes, len(call.buffers))
         wanted = results.get(t.data_ptr())
         empty = t.is_floating_point() and bool(t.isnan().all())
-        call.buffers.append(
-            Buffer(t.nbytes, -1, b"" if empty else _bytes(t)) if wanted is None else Buffer(t.nbytes, _TYPES[t.dtype], b"", _bytes(wanted))
-        )
+        start = b"" if empty else _bytes(t)  # an output may hold zeros for what the kernel leaves out
+        call.buffers.append(Buffer(t.nbytes, -1, start) if wanted is None else Buffer(t.nbytes, _TYPES[t.dtype], start, _bytes(wanted)))
     for at in range(0, len(call.argument) - 7, 8):
         value = struct.unpack_from("<q", call.argument, at)[0]
         for address, (size, buffer) in known.items():
