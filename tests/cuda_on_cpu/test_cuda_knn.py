@@ -2,10 +2,12 @@
 
 import cuda_shim
 import pytest
+import shim_build
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memcore import _backend
 from memcore.functional import knn_lookup, knn_search
 from test_knn_lookup import test_all_dictionaries_in_one_call, test_any_width_of_the_kernel, test_edges, test_values as test_values_of_the_read
 from test_knn_search import (
@@ -114,6 +116,7 @@ def test_gradients_of_the_rows_that_are_used(backend, shape):
 
 def test_too_many_neighbours_are_refused(backend):
     query, keys = torch.zeros(1, 2), torch.zeros(3, 2)
+    assert f"kMostNeighbours = {_backend.MOST};" in (shim_build.CUDA / "knn_search.h").read_text()
     with pytest.raises(RuntimeError, match="memcore.knn_search: the CUDA kernels find up to 1024 neighbours, got 1025"):
         knn_search(query, keys, 1025)
     d, i = knn_search(torch.zeros(1, 1), torch.arange(1400.0)[:, None], 1024)
