@@ -50,6 +50,7 @@ HARMLESS = {
     **{("knn_lookup.cu", "loop", text, ""): _TURN for text in ("v0 < a.V", "k0 < K", "d0 < a.D")},
     ("knn_search.cu", "guard", "size > capacity - ROWS", ""): "a list is cut sooner",
     ("knn_search.cu", "guard", "n > capacity - kThreads", ""): "a list is cut sooner",
+    ("knn_search.cu", "guard", "candidate < block.theta[q]", ""): "every row is a candidate, until its list is cut",
     ("knn_search.cu", "guard", "n2 > 1e37f", ""): "no row can be told in float32, so that all are compared",
     ("knn_search.cu", "guard", "rows > n", ""): "all rows are compared, of which each is a candidate already",
     ("knn_lookup.cu", "guard", "d > 0", ""): "at an exact hit what the query and the key get of each other cancels but for rounding",
