@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend
 
-__all__ = ["choosers", "implement"]
+__all__ = ["choosers", "implement", "implement_rows", "takes_rows"]
 
 choosers: dict[str, Callable] = {}
 """What is registered at key CUDA, by name: "<op>_fwd", "<op>_bwd", and in-place operators."""
@@ -32,8 +32,12 @@ def _kernel(backend: str, name: str) -> Callable:
         return _found.setdefault((backend, name), found)
 
 
-def call_of(args: tuple[Any, ...], memory: int | None) -> _backend.Call:
-    """What the choice depends on: dtype, device and sizes; `memory` is the index of the argument [B, N, W] or [N, W], if any."""
+def call_of(args: tuple[Any, ...], arguments: list[str]) -> _backend.Call:
+    """What the choice depends on: dtype, device and sizes."""
+    if "keys" in arguments:
+        query, keys = args[arguments.index("query")], args[arguments.index("keys")]
+        return _backend.Call(keys.dtype, keys.device, query.shape[-2], *keys.shape[-2:], args[arguments.index("k")])
+    memory = arguments.index("memory") if "memory" in arguments else None  # [B, N, W] or [N, W]
     some = next(t for t in args if isinstance(t, Tensor) and t.dim() == 3)
     if memory is None:
         return _backend.Call(some.dtype, some.device, some.shape[0], some.shape[-1], 0)
@@ -44,12 +48,11 @@ def call_of(args: tuple[Any, ...], memory: int | None) -> _backend.Call:
 def implement(library: torch.library.Library, name: str, inputs: str, returns: str, reference: Callable) -> None:
     """Give `memcore::<name>` its chooser at key CUDA, and the native kernel behind it its schema; `reference` is the last resort."""
     arguments = [part.split()[1] for part in inputs.split(", ")]
-    memory = arguments.index("memory") if "memory" in arguments else None
     if f"memcore::_{name}_cuda" in _backend.native_gpu_registered:
         library.define(f"_{name}_cuda({inputs}) -> {returns}")
 
     def choose(*args):
-        call = call_of(args, memory)
+        call = call_of(args, arguments)
         for backend in _backend.gpu_order(name, call):
             if backend == "reference":
                 break
@@ -62,3 +65,18 @@ def implement(library: torch.library.Library, name: str, inputs: str, returns: s
 
     library.impl(name, choose, "CUDA")
     choosers[name] = choose
+
+
+def implement_rows(library: torch.library.Library, name: str, schema: str) -> None:
+    """Give the row-sparse backward `memcore::<name>` the native kernel at key CUDA, if there is one."""
+    if f"memcore::_{name}_cuda" in _backend.native_gpu_registered:
+        library.define(f"_{name}_cuda{schema}")
+        library.impl(name, lambda *args: _kernel("native", name)(*args), "CUDA")
+
+
+def takes_rows(op: str, query: Tensor, keys: Tensor, k: int) -> bool:
+    """Whether a search with row-sparse gradients goes to kernels: on CPUs, and where CUDA's take it."""
+    if query.device.type == "cpu":
+        return True
+    call = call_of((query, keys, k), ["query", "keys", "k"])
+    return query.device.type == "cuda" and _backend.takes_native(f"{op}_fwd", call)

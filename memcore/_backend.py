@@ -85,19 +85,21 @@ _unusable: dict[tuple[str, int], str] = {}  # (backend, device) -> what its firs
 BLOCK = 8192  # elements of a memory that one Triton block holds (kernels/_triton.py, sizes.whole)
 FILLED = 128  # blocks that give nearly every multiprocessor one: an A100 has 108, an H100 132, a B200 148
 LARGEST = 2_000_000_000  # the kernels' sizes are 32-bit numbers, their offsets 64-bit
+MOST = 1024  # neighbours that a block selects (csrc/cuda/knn_search.h)
 WIDEST = 8192  # a Triton tile has whole slots (kernels/_triton.py, sizes.width)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice for a GPU tensor depends on. W is 0 for operators on rows of weights alone."""
+    """What the choice for a GPU tensor depends on. W is 0 for operators on rows of weights alone; K are neighbours, of B queries a dictionary."""
 
     dtype: torch.dtype
     device: torch.device
     B: int
     N: int
     W: int
+    K: int = 0
 
     @property
     def shape(self) -> str:
@@ -153,6 +155,10 @@ GPU_TABLE = (
         (*LOOKS, "erase_add_write_bwd"), ("few",), "triton",
         "tiles of one memory go to many blocks; native has one block an element, fewer than the card has multiprocessors",
     ),
+    Preference(
+        ("knn_search", "knn_lookup"), ("block", "many", "few"), "native",
+        "shards of the keys go to blocks of their own however few the queries, and a block selects in shared memory what its threads compare",
+    ),
 )  # fmt: skip
 
 
@@ -176,6 +182,8 @@ def _gpu_refusal(backend: str, name: str, call: Call) -> str:
         return f"{kind} kernels take float32, bfloat16 and float16 tensors, got {str(call.dtype)[6:]}"
     if backend == "triton" and call.W > WIDEST:
         return f"Triton kernels take slots of up to {WIDEST} numbers, got {call.W}"
+    if call.K > MOST:
+        return f"{kind} kernels find up to {MOST} neighbours, got {call.K}"
     if call.N > LARGEST or call.W > LARGEST:
         return f"{kind} kernels take sizes up to {LARGEST}, got {max(call.N, call.W)}"
     return ""

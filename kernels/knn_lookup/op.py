@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from .. import _cuda
 from .._op import library, register
 from ..knn_search.op import CACHE, METRICS, KnnCache, arguments, call_sparse, results, sparse_rows
 from . import reference
@@ -36,10 +37,12 @@ _fwd = register(
     differentiable=("query", "keys", "values"),
 )
 # Gradients of the rows that are used: (query, rows [dictionary (if stacked) and index, U], their keys' [U, D], their values' [U, V]).
-library.define(
-    f"{_OP}_rows(Tensor? grad_output, Tensor? grad_weights, Tensor? grad_distances, Tensor indices, Tensor query, Tensor keys, "
+_ROWS = (
+    "(Tensor? grad_output, Tensor? grad_weights, Tensor? grad_distances, Tensor indices, Tensor query, Tensor keys, "
     "Tensor values, int metric, int kernel, float delta) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+library.define(f"{_OP}_rows{_ROWS}")
+_cuda.implement_rows(library, f"{_OP}_rows", _ROWS)
 
 
 class _Sparse(torch.autograd.Function):
@@ -115,6 +118,8 @@ def knn_lookup(
     if not _backend.takes_kernel(_OP, query.device):
         return reference.knn_lookup(query, keys, values, k, **options, sparse=not dense)
     args = (query, keys, values, *rest, k, METRICS.index(metric), KERNELS.index(kernel), float(delta))
-    if dense or query.device.type != "cpu":
+    if dense:
         return KnnLookup(*_fwd(*args))
+    if not _cuda.takes_rows(_OP, query, keys, k):
+        return reference.knn_lookup(query, keys, values, k, **options, sparse=True)
     return KnnLookup(*call_sparse(_Sparse, _fwd, args, 3))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from .. import _cuda
 from .._op import accumulate, library, no_autocast, register
 from . import reference
 
@@ -52,7 +53,10 @@ _fwd = register(
     differentiable=("query", "keys"),
 )
 # Gradients of the rows that are used: (query, rows [dictionary (if stacked) and index, U], their gradients [U, D]).
-library.define(f"{_OP}_rows(Tensor? grad, Tensor indices, Tensor query, Tensor keys, int metric) -> (Tensor, Tensor, Tensor)")
+# On a GPU a row may come several times.
+_ROWS = "(Tensor? grad, Tensor indices, Tensor query, Tensor keys, int metric) -> (Tensor, Tensor, Tensor)"
+library.define(f"{_OP}_rows{_ROWS}")
+_cuda.implement_rows(library, f"{_OP}_rows", _ROWS)
 
 
 def knn_cache(keys: Tensor, *, bf16: bool = False) -> KnnCache:
@@ -151,7 +155,7 @@ def _cache(op: str, cache: KnnCache | None, keys: Tensor, given: torch.dtype) ->
 
 
 def sparse_rows(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(rows, values, like.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(rows, values, like.shape, is_coalesced=like.device.type == "cpu", check_invariants=False)
 
 
 class _Sparse(torch.autograd.Function):
@@ -222,6 +226,8 @@ def knn_search(
     if not _backend.takes_kernel(_OP, query.device):
         return reference.knn_search(query, keys, k, metric=metric, count=rest[0], sparse=not dense)
     args = (query, keys, *rest, k, METRICS.index(metric))
-    if dense or query.device.type != "cpu":
+    if dense:
         return _fwd(*args)
+    if not _cuda.takes_rows(_OP, query, keys, k):
+        return reference.knn_search(query, keys, k, metric=metric, count=rest[0], sparse=True)
     return call_sparse(_Sparse, _fwd, args, 2)

@@ -30,7 +30,7 @@ def operators() -> list[str]:
 
 def _define(op: str) -> None:
     """Schemas of the internal operators, if the package has none yet."""
-    for way in ("fwd", "bwd"):
+    for way in ("fwd", "bwd", *(["rows"] if hasattr(torch.ops.memcore, f"{op}_rows") else [])):
         name = f"_{op}_{way}_cuda"
         if not torch._C._dispatch_has_kernel(f"memcore::{name}") or not hasattr(torch.ops.memcore, name):
             schema = str(getattr(torch.ops.memcore, f"{op}_{way}").default._schema)
@@ -161,9 +161,12 @@ def _saved(op: str) -> int:
     return sum(a.name.startswith("saved_") for a in schema.arguments)
 
 
+_SEARCH = {"count", "norms", "mirror", "rounding"}
+
+
 @lru_cache(maxsize=None)
 def _differentiable(op: str) -> tuple[str, ...]:
-    not_ = {"content_addressing": {"mask"}, "lrua_write": {"usage"}, "ntm_sequence": {"lengths"}}.get(op, set())
+    not_ = {"content_addressing": {"mask"}, "lrua_write": {"usage"}, "ntm_sequence": {"lengths"}, "knn_search": _SEARCH, "knn_lookup": _SEARCH}.get(op, set())
     return tuple(n for n in _tensor_names(op) if n not in not_)
 
 

@@ -98,7 +98,7 @@ def marked_sources() -> tuple[Path, list[Mutant]]:
     folder, found, made = shim_build.OUT / "marked" / "cuda", [], set()
     for source in sorted([*shim_build.CUDA.glob("*.h"), *shim_build.kernels(), shim_build.ROOT / "csrc" / "cpu" / "dtype.h"]):
         text = source.read_text()
-        sites = [] if source.parent != shim_build.CUDA or source.name in ("mc_device.h", "glue.h") else sorted(_sites(text), key=lambda s: s[1])
+        sites = [] if source.parent != shim_build.CUDA or source.name == "mc_device.h" or source.name.endswith("glue.h") else sorted(_sites(text), key=lambda s: s[1])
         out, at = [], 0
         for kind, start, end, instead in sites:
             line = text.count("\n", 0, start)

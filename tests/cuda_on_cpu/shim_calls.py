@@ -1,5 +1,6 @@
 """Calls of the CUDA launchers as a file, for drivers (shim_driver.cpp): sanitizers and mutants run outside Python."""
 
+import math
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_shim
 import test_ntm_sequence
-from cases import S, case, step, twist
+from cases import Case, S, case, step, twist
 from contract import run
 
-__all__ = ["MORE", "SEQUENCES", "Call", "calls_of", "sequence_calls", "write"]
+__all__ = ["LIMITS", "MORE", "SEQUENCES", "Call", "calls_of", "limits_of", "row_calls", "sequence_calls", "write"]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 # What the cases of ntm_sequence leave out: more sums than a block has threads. And small ones that reach every line of the kernel, for mutants.
@@ -33,13 +34,49 @@ def _some_zeros(t: Tensor) -> None:
     t[..., ::2] = 0
 
 
+# Shared memory of a block: all fits, the memory does not, next to nothing does. A search's blocks have no other form.
+LIMITS = (cuda_shim.LIMIT, 9 * 1024 + 512, 128)
+ONE_FORM = ("knn_search", "knn_lookup")
+
+def _coarse(x: dict) -> None:
+    """Many ties, exact in every type; zeros on both sides."""
+    for k in x:
+        x[k] = (3 * x[k]).round()
+    x["query"][0], x["keys"][:2] = 0, 0
+
+
+def _no_numbers(x: dict) -> None:
+    x["query"][0, 2], x["keys"][1, 0], x["keys"][3, 1], x["keys"][5] = math.nan, math.nan, math.inf, 0
+
+
+def _huge(x: dict) -> None:
+    """Norms that overflow in float32, of the nearest too."""
+    x["keys"][::2] *= 1e22
+
+
+# Ties beyond what a list keeps, several shards, lists that are cut, columns in chunks; at the end no columns at all.
+SEARCHES = [
+    *(S(f"coarse_{m}", _coarse, {"k": 4, "metric": m}, B=2, N=150, W=3) for m in ("l2", "ip", "cosine")),
+    *(S(f"many_{m}", None, {"k": 8, "metric": m}, B=9, N=350, W=5) for m in ("l2", "ip", "cosine")),
+    S("N700_W40", None, {"k": 3}, A=2, B=5, N=700, W=40),
+    S("few_N900_k40", None, {"k": 40}, B=3, N=900, W=3),
+    *(S(f"huge_{m}", _huge, {"k": 3, "metric": m}, B=2, N=60) for m in ("ip", "cosine")),
+    S("no_numbers", _no_numbers, {"k": 12, "metric": "cosine"}, B=3, N=10),
+    S("W0", None, {"k": 3}, B=2, N=60, W=0),
+]
+
 # What the contract's samples leave out: more heads than a kernel takes at a time, nothing to choose from, powers below zero.
 MORE = [
     *((case(op), S("H9", H=9, N=20)) for op in ("content_addressing", "ntm_addressing", "read", "erase_add_write", "lrua_write")),
     (case("ntm_step"), step("r9_w5", 9, 5)),
     (case("lrua_write"), S("N0", N=0)),
     (case("sharpen"), S("gamma_negative", twist(weights=_some_zeros, gamma=-2.0), N=7)),
+    *((case("knn_search"), s) for s in SEARCHES),
 ]
+
+
+def limits_of(case: Case) -> tuple[int, ...]:
+    return LIMITS[:1] if case.name in ONE_FORM else LIMITS
 
 
 @dataclass
@@ -95,7 +132,7 @@ def _record(label: str, limit: int, op: str, way: str, args: tuple) -> Call | No
     if not launches:
         return None
     # A launch's struct begins with what the launcher was given.
-    call = Call(f"{label} {way}", op, f"mc_{op}_{way}", limit, launches[0].argument)
+    call = Call(f"{label} {way}", op, f"mc_{op}_{'bwd' if way == 'rows' else way}", limit, launches[0].argument)
     known: dict[int, tuple[int, int]] = {}  # address -> (size, buffer)
     with _Made() as again:
         wanted = _outputs(kernel.redispatch(_CPU, *args))
@@ -110,9 +147,8 @@ def _record(label: str, limit: int, op: str, way: str, args: tuple) -> Call | No
         known[t.data_ptr()] = (t.nbytes, len(call.buffers))
         wanted = results.get(t.data_ptr())
         empty = t.is_floating_point() and bool(t.isnan().all())
-        call.buffers.append(
-            Buffer(t.nbytes, -1, b"" if empty else _bytes(t)) if wanted is None else Buffer(t.nbytes, _TYPES[t.dtype], b"", _bytes(wanted))
-        )
+        start = b"" if empty else _bytes(t)  # an output may hold zeros for what the kernel leaves out
+        call.buffers.append(Buffer(t.nbytes, -1, start) if wanted is None else Buffer(t.nbytes, _TYPES[t.dtype], start, _bytes(wanted)))
     for at in range(0, len(call.argument) - 7, 8):
         value = struct.unpack_from("<q", call.argument, at)[0]
         for address, (size, buffer) in known.items():
@@ -138,6 +174,21 @@ def sequence_calls(name: str, limit: int = cuda_shim.LIMIT) -> list[Call]:
     """Forward and backward of `ntm_sequence` on one of its own cases."""
     drawn = test_ntm_sequence.draw(**SEQUENCES[name])
     return _recorded(f"ntm_sequence-{name}", limit, lambda: test_ntm_sequence.gradients(test_ntm_sequence.ntm_sequence, *drawn))
+
+
+def row_calls() -> list[Call]:
+    """The row-sparse backwards of searches, of dictionaries that have no row for some neighbours."""
+    g = torch.Generator().manual_seed(0)
+    query, keys, values, output = (torch.randn(2, n, 5, generator=g) for n in (3, 9, 9, 3))
+    indices = torch.tensor([[[4, 0, 7], [0, 4, 1], [8, 4, 0]], [[1, 0, -1], [0, 1, -1], [-1, -1, -1]]])
+    distances = torch.randn(indices.shape, generator=g)
+    cuda_shim.load()
+    made = [
+        ("padded", "knn_lookup", (output, None, distances, indices, query, keys, values, 0, 0, 0.1)),
+        ("nothing", "knn_lookup", (output, None, distances, torch.full_like(indices, -1), query, keys, values, 0, 0, 0.1)),
+        ("flat", "knn_search", (distances[0], indices[0], query[0], keys[0], 2)),
+    ]
+    return [_record(f"{op}-{name}", cuda_shim.LIMIT, op, "rows", args) for name, op, args in made]
 
 
 def calls_of(case, sample, dtype: torch.dtype, limit: int = cuda_shim.LIMIT) -> list[Call]:

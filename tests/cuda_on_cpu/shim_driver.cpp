@@ -69,6 +69,11 @@ double value(const char* p, int64_t type, int64_t i) {
 }
 // Elements that differ by more than rounding could explain: ten times what the contract allows.
 int64_t wrong(const Buffer& b) {
+  if (b.type == 4) {
+    int64_t bad = 0;
+    for (int64_t i = 0; i < b.bytes / 8; i++) bad += ((const int64_t*)b.p)[i] != ((const int64_t*)b.wanted.data())[i];
+    return bad;
+  }
   const double tolerance = b.type == 0 ? 1e-3 : b.type == 2 ? 0.1 : 0.01;
   const int64_t n = b.bytes / (b.type == 0 ? 4 : 2);
   double largest = 0;

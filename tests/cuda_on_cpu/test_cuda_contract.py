@@ -7,13 +7,12 @@ import torch
 
 from cases import CASES, as_tuple, assert_close
 from contract import PAIRS, expected, run
-from shim_calls import MORE
+from shim_calls import LIMITS as BYTES, MORE, limits_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPERATORS = cuda_shim.operators()
 SAMPLES = [p for p in PAIRS if p.values[0].name in OPERATORS]
-# Shared memory of a block: all fits, the memory does not, next to nothing does.
-LIMITS = {"all": cuda_shim.LIMIT, "vectors": 9 * 1024 + 512, "nothing": 128}
+LIMITS = dict(zip(("all", "vectors", "nothing"), BYTES))
 
 
 def check(case, sample, dtype):
@@ -22,7 +21,7 @@ def check(case, sample, dtype):
     ys, grads = run(case.function, case, sample, x)
     wanted, wanted_grads = expected(case, sample, dtype)
     for i, (y, e) in enumerate(zip(ys, wanted, strict=True)):
-        assert y.dtype == dtype
+        assert y.dtype == (dtype if e.is_floating_point() else e.dtype)
         assert_close(y, e, dtype=dtype, **case.tolerance(sample, before), what=f"output {i}")
     assert grads.keys() == wanted_grads.keys()
     for k, e in wanted_grads.items():
@@ -30,7 +29,7 @@ def check(case, sample, dtype):
         assert_close(grads[k], e, dtype=dtype, **case.tolerance(sample, before, backward=True), what=f"gradient of {k}")
     for k, v in before.items():
         if isinstance(v, torch.Tensor):
-            assert torch.equal(x[k], v), f"{k} was written to"
+            assert ((x[k] == v) | ((x[k] != x[k]) & (v != v))).all(), f"{k} was written to"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -49,6 +48,8 @@ def test_orders(case, sample, order, backend):
 @pytest.mark.parametrize("limit", ["vectors", "nothing"])
 @pytest.mark.parametrize("case, sample", SAMPLES)
 def test_little_shared_memory(case, sample, limit, backend):
+    if LIMITS[limit] not in limits_of(case):
+        pytest.skip("its blocks have one form")
     with cuda_shim.shared_limit(LIMITS[limit]):
         check(case, sample, torch.float32)
 
@@ -56,5 +57,7 @@ def test_little_shared_memory(case, sample, limit, backend):
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("case, sample", [pytest.param(c, s, id=f"{c.name}-{s.id}") for c, s in MORE])
 def test_more_samples(case, sample, limit, backend):
+    if LIMITS[limit] not in limits_of(case):
+        pytest.skip("its blocks have one form")
     with cuda_shim.shared_limit(LIMITS[limit]):
         check(case, sample, torch.float32)

@@ -18,7 +18,7 @@ import test_cuda_sequence
 import torch
 
 from cases import CASES
-from test_cuda_sanitizers import LIMITS
+from shim_calls import LIMITS, limits_of
 
 RESULTS = shim_build.ROOT / "results" / "gpu" / "cuda_mutants.json"
 MUTANTS = mutants.marked_sources()[1]
@@ -46,6 +46,14 @@ HARMLESS = {
     ("write.h", "guard", "h0 < a.Hw", ""): "sums of no write heads: only barriers",
     ("interface.h", "loop", "j < l.S", "top = "): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
     ("ntm_sequence.cu", "loop", "n0 < N", ""): _TURN,
+    **{("knn_search.cu", "loop", text, ""): _TURN for text in ("r0 < end", "d0 < a.D", "first < count", "i0 < p.keep * p.shards", "quiet < p.shards", "r0 < rows")},
+    **{("knn_lookup.cu", "loop", text, ""): _TURN for text in ("v0 < a.V", "k0 < K", "d0 < a.D")},
+    ("knn_search.cu", "guard", "size > capacity - ROWS", ""): "a list is cut sooner",
+    ("knn_search.cu", "guard", "n > capacity - kThreads", ""): "a list is cut sooner",
+    ("knn_search.cu", "guard", "candidate < block.theta[q]", ""): "every row is a candidate, until its list is cut",
+    ("knn_search.cu", "guard", "n2 > 1e37f", ""): "no row can be told in float32, so that all are compared",
+    ("knn_search.cu", "guard", "rows > n", ""): "all rows are compared, of which each is a candidate already",
+    ("knn_lookup.cu", "guard", "d > 0", ""): "at an exact hit what the query and the key get of each other cancels but for rounding",
     ("read.cu", "guard", "a.H > 8", ""): "room for rows that are not staged after all",
     ("addressing.h", "guard", "h0 > 0", ""): "the memory's gradient once more, the same, by the same thread",
 }  # fmt: skip
@@ -66,10 +74,10 @@ class Lab:
         self.calls = [
             call
             for case, sample in pairs
-            for limit in (LIMITS if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
+            for limit in (limits_of(case) if (case, sample) in shim_calls.MORE or sample.id.startswith(("N63", "shared", "small")) else LIMITS[:1])
             for call in shim_calls.calls_of(case, sample, torch.float32, limit)
         ]
-        self.calls += test_cuda_sequence.recorded(test_cuda_sequence.MUTATED)
+        self.calls += [*test_cuda_sequence.recorded(test_cuda_sequence.MUTATED), *shim_calls.row_calls()]
         self.path = path
         shim_calls.write(path, self.calls)
         self.drivers = {s: shim_build.driver(s) for s in shim_build.SANITIZERS}

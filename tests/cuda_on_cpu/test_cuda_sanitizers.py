@@ -11,9 +11,8 @@ import shim_calls
 import torch
 
 from cases import CASES
+from shim_calls import limits_of
 
-# Shared memory of a block: all fits, the memory does not, next to nothing does.
-LIMITS = (cuda_shim.LIMIT, 9 * 1024 + 512, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = [c.name for c in CASES if c.name in cuda_shim.operators()]
 # Odd sizes, several heads; one memory for the batch where there is such a thing. Each with a type and a limit of its own.
@@ -25,18 +24,18 @@ def calls(name: str, every: bool, sanitizer: str):
     for i, sample in enumerate(case.samples):
         if every:
             # In threads nothing depends on the type but how rows are staged.
-            for j, limit in enumerate(LIMITS):
+            for j, limit in enumerate(limits_of(case)):
                 for dtype in DTYPES if sanitizer == "address" else DTYPES[(i + j) % 3 :][:1]:
                     yield from shim_calls.calls_of(case, sample, dtype, limit)
             continue
         kind = next((k for k, part in enumerate(QUICK) if sample.id.startswith(part)), None)
         if sanitizer == "address" and kind is not None:
-            for j in range(3):
-                yield from shim_calls.calls_of(case, sample, DTYPES[(kind + j) % 3], LIMITS[j])
+            for j, limit in enumerate(limits_of(case)):
+                yield from shim_calls.calls_of(case, sample, DTYPES[(kind + j) % 3], limit)
         elif kind == 0:
-            yield from shim_calls.calls_of(case, sample, DTYPES[i % 3], LIMITS[0])
+            yield from shim_calls.calls_of(case, sample, DTYPES[i % 3], limits_of(case)[0])
         elif kind == 1:
-            yield from shim_calls.calls_of(case, sample, DTYPES[i % 3], LIMITS[2])
+            yield from shim_calls.calls_of(case, sample, DTYPES[i % 3], limits_of(case)[-1])
 
 
 def check(name, every, sanitizer, order, tmp_path):

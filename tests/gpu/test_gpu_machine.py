@@ -39,7 +39,7 @@ def test_nothing_waits_for_the_gpu(backend, case, device):
     leaves = [x[k].requires_grad_() for k in case.differentiable if x[k] is not None]
 
     def both():
-        ys = as_tuple(case.function(**x, **sample.options))
+        ys = [y for y in as_tuple(case.function(**x, **sample.options)) if y.requires_grad]
         return torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys], allow_unused=True)
 
     with through(backend, device):
@@ -57,11 +57,12 @@ def test_graphs_are_captured_and_replayed(backend, case, sizes, device):
     x = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in first.items()}
     leaves = [x[k].requires_grad_() for k in case.differentiable if x[k] is not None]
     with torch.no_grad():
-        cotangents = [torch.randn_like(y) for y in as_tuple(case.function(**x, **sample.options))]
+        cotangents = [torch.randn_like(y) for y in as_tuple(case.function(**x, **sample.options)) if y.is_floating_point()]
 
     def both():
         ys = as_tuple(case.function(**x, **sample.options))
-        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, cotangents, allow_unused=True, materialize_grads=True)]
+        floats = [y for y in ys if y.is_floating_point()]
+        return [*(y.detach() for y in ys), *torch.autograd.grad(floats, leaves, cotangents, allow_unused=True, materialize_grads=True)]
 
     with through(backend, device):
         graph = Graph(both, device)
@@ -111,10 +112,11 @@ def test_a_batch_of_more_than_2_31_elements(backend, case, device):
     leaves = {k: x[k].requires_grad_() for k in case.differentiable if x[k] is not None}
     wanted, wanted_grads = expected(case, sample, torch.float16)
     g = torch.Generator().manual_seed(1)
-    draws = [torch.randn(y.shape, generator=g, dtype=torch.float64).half() for y in wanted]  # as contract.cotangents
+    draws = [torch.randn(y.shape, generator=g, dtype=torch.float64).half() if y.is_floating_point() else None for y in wanted]  # as contract.cotangents
     with through(backend, device):
         ys = as_tuple(case.function(**x, **big.options))
-        grads = torch.autograd.grad(ys, list(leaves.values()), [d.to(device).repeat(times, *[1] * (d.dim() - 1)) for d in draws])
+        pairs = [(y, d.to(device).repeat(times, *[1] * (d.dim() - 1))) for y, d in zip(ys, draws) if d is not None]
+        grads = torch.autograd.grad([y for y, _ in pairs], list(leaves.values()), [d for _, d in pairs])
     settled(device)
     for what, y, e in [*((f"output {i}", *p) for i, p in enumerate(zip(ys, wanted))), *((k, d, wanted_grads[k]) for k, d in zip(leaves, grads))]:
         y = y.detach().reshape(times, 2, -1)

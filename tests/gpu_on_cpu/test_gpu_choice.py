@@ -3,6 +3,7 @@ CUDA kernels run on the shim. Also what is said when something is missing, and f
 
 import logging
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -92,6 +93,8 @@ def test_what_the_kernels_refuse():
     ):
         with memcore.backend(choice), pytest.raises(RuntimeError, match=f"memcore.read: backend '{choice}' is not available for cuda tensors: {said}"):
             _backend.gpu_order("read_fwd", c)
+    for K, order in ((1024, ("native", "triton", "reference")), (1025, ("reference",))):
+        assert _backend.gpu_order("knn_lookup_fwd", replace(call("few"), K=K)) == order
     with memcore.backend("triton"):
         assert _backend.gpu_order("read_fwd", call("few")) == ("triton",)
     with memcore.backend("reference"):
@@ -144,6 +147,7 @@ def arguments(name, shape, device="cpu"):
     known = {
         "memory": (B, N, W), "key": (B, H, W), "word": (B, H, W), "erase": (B, H, W), "add": (B, H, W), "strength": (B, H), "gate": (B, H),
         "gamma": (B, H), "shift": (B, H, 3), "usage": (B, N), "interface": (B, H * (W + 6) + 2 * W), "mask": None,
+        "query": (B, W), "keys": (N, W), "values": (N, 4), "indices": (B, 1), "count": None, "norms": None, "mirror": None, "rounding": None,
     }  # fmt: skip
     values = []
     for a in getattr(torch.ops.memcore, name).default._schema.arguments:

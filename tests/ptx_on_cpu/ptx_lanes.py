@@ -243,9 +243,12 @@ class Group(Warps):
     def find(self, a, offset, size, space, mask, write, values=None, atomic=False):
         """(typed views, indices in units of `size`, lanes or None for all): checked, counted, watched for races."""
         m = self.m
-        a = a.astype(np.int64) if a.dtype.itemsize == 4 else a.view(np.int64)
+        narrow = a.dtype.itemsize == 4
+        a = a.astype(np.int64) if narrow else a.view(np.int64)
         if offset:
             a = a + offset
+            if narrow:
+                a = a & 0xFFFFFFFF
         lanes = None
         if mask is not None:
             lanes = mask.nonzero()[0]

@@ -77,9 +77,10 @@ class Races:
             x = seen ^ me
             many = np.zeros(len(at), np.int64)
             live = (seen != 0) & ((x >> EPOCH_AT) == 0)
-            many[live & (x & 0x1F != 0)] |= _MANY_WARP
+            same_sync = live & ((x & np.int64((1 << EPOCH_AT) - (1 << 13))) == 0)  # a lane's read before the warp's barrier bothers its warp no more
+            many[same_sync & (x & 0x1F != 0)] |= _MANY_WARP
             many[live & (x & 0x3E0 != 0)] |= _MANY
-            many |= np.where(live, seen & (_MANY | _MANY_WARP), 0)
+            many |= np.where(live, seen & _MANY, 0) | np.where(same_sync, seen & _MANY_WARP, 0)
             many[(seen != 0) & ((x >> BLOCK_AT) != 0)] |= _MANY_BLOCKS
             many |= seen & _MANY_BLOCKS
             self.reads[at] = me | many

@@ -166,8 +166,11 @@ def bars(case: Case, name: str, made: dict[str, dict]) -> list[str]:
     """What misses its bar; an empty list is what is wanted.
 
     Forward, memory is read at most once if it fits shared memory or is only written to, at most twice else, and written once. Backward goes at
-    most three times over it and over its gradient.
+    most three times over it and over its gradient. A search's tile of queries reads every key once, and each query those of its 35 candidates again.
     """
+    if "keys" in case.shapes:
+        n, most = times(made["fwd"], "keys", "read"), 1.01 + 35 * SHAPES[name][0]["B"] / SHAPES[name][0]["N"]
+        return [] if 0.99 <= n <= most else [f"{case.name}_fwd, {name}: keys is read {n:.3f} times, at most {most:.3f}"]
     if "memory" not in case.shapes:
         return []
     fwd, bwd = made["fwd"], made["bwd"]

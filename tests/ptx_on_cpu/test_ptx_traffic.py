@@ -48,8 +48,9 @@ def test_committed_rows_meet_the_bars():
     for key, made in TABLE["rows"].items():
         op, name, _ = key.split("/")
         assert not bars(case_of(op), name, made), key
-        for way in made.values():
-            assert moved(way) >= 0.98 * least(way), key  # lrua_write leaves out the row that it zeroes
+        if "keys" not in case_of(op).shapes:  # a search touches the values that it found alone
+            for way in made.values():
+                assert moved(way) >= 0.98 * least(way), key  # lrua_write leaves out the row that it zeroes
 
 
 def test_a_second_pass_over_memory_is_seen():
