@@ -67,7 +67,7 @@ def _lines_of(found: list[dict[str, Any]], pyplot: Any, save: Any) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xlabel(name)
-        axis.set_ylabel("kept for the backward, without the controller's, MiB" if last else "forward + backward, ms a step")
+        axis.set_ylabel("kept for the backward, MiB\n(without the controller's)" if last else "forward + backward, ms a step")
         axis.grid(alpha=0.3)
     axes[0].legend()
     save(figure, "sequence", "scaling")
