@@ -11,7 +11,7 @@ from memcore import _backend
 from memcore.functional import knn_lookup, knn_search
 from test_knn_lookup import test_all_dictionaries_in_one_call, test_any_width_of_the_kernel, test_edges, test_values as test_values_of_the_read
 from test_knn_search import (
-    brute_force, test_a_query_that_is_no_number, test_cosine_of_zero_and_of_next_to_nothing, test_count, test_distances_that_overflow,
+    brute_force, drawn, test_a_query_that_is_no_number, test_cosine_of_zero_and_of_next_to_nothing, test_count, test_distances_that_overflow,
     test_keys_that_are_no_numbers_come_last, test_lowest_index_wins_a_tie, test_padding_and_nothing_at_all, test_values,
 )  # fmt: skip
 
@@ -29,18 +29,7 @@ __all__ = [
 )  # fmt: skip
 def test_against_brute_force(Q, N, D, k, seed, kind, dtype, metric):
     """Keys of any order and density; coarse ones have many ties."""
-    g = torch.Generator().manual_seed(seed)
-    query, keys = torch.randn(Q, D, generator=g), torch.randn(N, D, generator=g)
-    if kind == "clusters":
-        keys = 0.01 * keys + torch.randn(5, D, generator=g)[torch.randint(5, (N,), generator=g)]
-        query = torch.cat([query, keys])[:Q]
-    elif kind == "coarse":
-        query, keys = query.round(), keys.round()
-    elif kind == "sorted":
-        keys = keys[(keys - query[0]).square().sum(-1).argsort(descending=True)]
-    elif kind == "far":
-        query, keys = query + 100, keys + 100
-    query, keys = query.to(dtype), keys.to(dtype)
+    query, keys = drawn(Q, N, D, seed, kind, dtype)
     wanted, at = brute_force(query, keys, k, metric)
     with cuda_shim.use():
         d, i = knn_search(query, keys, k, metric=metric)

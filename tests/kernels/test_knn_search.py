@@ -162,15 +162,8 @@ def test_refusals():
         knn_cache(KEYS.double(), bf16=True)
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.integers(1, 130), st.integers(0, 1500), st.sampled_from([1, 2, 3, 8, 17, 64, 100]), st.integers(0, 200), st.integers(0, 2**31),
-    st.sampled_from(["normal", "clusters", "coarse", "sorted", "far"]), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-)  # fmt: skip
-def test_against_brute_force(path, metric, Q, N, D, k, seed, kind, dtype):
-    """Keys of any order and density; coarse ones have many ties."""
+def drawn(Q, N, D, seed, kind, dtype):
+    """Queries and keys: normal, in clusters, coarse (many ties), coming nearer in their order, or far from the origin."""
     g = torch.Generator().manual_seed(seed)
     query, keys = torch.randn(Q, D, generator=g), torch.randn(N, D, generator=g)
     if kind == "clusters":
@@ -182,7 +175,19 @@ def test_against_brute_force(path, metric, Q, N, D, k, seed, kind, dtype):
         keys = keys[(keys - query[0]).square().sum(-1).argsort(descending=True)]
     elif kind == "far":
         query, keys = query + 100, keys + 100
-    query, keys = query.to(dtype), keys.to(dtype)
+    return query.to(dtype), keys.to(dtype)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 130), st.integers(0, 1500), st.sampled_from([1, 2, 3, 8, 17, 64, 100]), st.integers(0, 200), st.integers(0, 2**31),
+    st.sampled_from(["normal", "clusters", "coarse", "sorted", "far"]), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)  # fmt: skip
+def test_against_brute_force(path, metric, Q, N, D, k, seed, kind, dtype):
+    """Keys of any order and density; coarse ones have many ties."""
+    query, keys = drawn(Q, N, D, seed, kind, dtype)
     wanted, at = brute_force(query, keys, k, metric)
     with use_path(path):
         for cache in caches(keys):
