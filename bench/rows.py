@@ -74,12 +74,12 @@ def _value(name: str, cell: str) -> Any:
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """All rows of `rows.csv` in `folder`, oldest first; FileNotFoundError in words if there is none."""
+    """All rows of `rows.csv` in `folder`, oldest first, None in columns that it does not have yet; FileNotFoundError in words if there is none."""
     path = Path(folder) / CSV
     if not path.exists():
         raise FileNotFoundError(f"memcore bench: no measurements in {str(path)!r}; make them with: memcore bench ops step train")
     with path.open(newline="") as f:
-        return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(f)]
+        return [{**dict.fromkeys(FIELDS), **{name: _value(name, cell) for name, cell in row.items()}} for row in csv.DictReader(f)]
 
 
 def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

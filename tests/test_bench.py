@@ -370,6 +370,12 @@ def test_an_operator_that_leaks_fails_its_gate(monkeypatch):
     assert "| fwd+bwd, 3,000 calls | 1 |" in rows.markdown(run.rows) and "gates met: 1 of 2" in rows.text(run.rows)
 
 
+def test_rows_of_an_older_version_are_read(tmp_path):
+    (tmp_path / rows.CSV).write_text("suite,op,ms_median\nops,read,2.5\n")
+    (row,) = rows.read(tmp_path)
+    assert row == {**dict.fromkeys(rows.FIELDS), "suite": "ops", "op": "read", "ms_median": 2.5}
+
+
 def test_foreign_columns_are_refused(run, tmp_path):
     (tmp_path / rows.CSV).write_text("a,b\n1,2\n")
     run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.0))
