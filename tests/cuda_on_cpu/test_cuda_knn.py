@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(
     st.integers(1, 40), st.integers(0, 900), st.sampled_from([1, 3, 8, 33]), st.integers(0, 150), st.integers(0, 2**31),
     st.sampled_from(["normal", "clusters", "coarse", "sorted", "far"]), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["l2", "ip"]),
