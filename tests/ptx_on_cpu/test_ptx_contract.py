@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def plan():
-    """Every sample in float32 for one architecture; the other one, the narrow types with it, on each operator's first samples. Long searches are slow."""
+    """Every sample in float32 for one architecture; the others, and the narrow types, on each operator's first samples. Long searches are slow."""
     for backend in BACKENDS:
         for p in PAIRS:
             case, sample = p.values
@@ -22,7 +22,7 @@ def plan():
             for dtype in DTYPES:
                 for arch in (80, 90):
                     every = dtype == "float32" and arch == 80
-                    first = at == (0 if dtype == "float32" else 2 if dtype == "bfloat16" else 3) and arch == 90
+                    first = at == (0 if dtype == "float32" else 2 if dtype == "bfloat16" else 3) and (arch == 90 or dtype != "float32")
                     slow = not (every or first) or (case.name.startswith("knn") and sample.sizes.get("N", 0) >= 1000)
                     marks = [pytest.mark.slow] if slow else []
                     if missing(backend):
