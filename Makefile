@@ -3,6 +3,7 @@
 #   make test [ARGS="tests/kernels -k read"]     the test suite; MEMCORE_DATA=DIR for the tests on real data
 #   make demo | bench | test-slow | test-asan | gpu | gpu-sanitize | gpu-tables | build | clean
 #
+# WORKERS is the number of processes that test side by side (default: one a core, at most 8; 0: none beside pytest itself).
 # PYTHON, VENV and TORCH choose the interpreter, the environment's folder and what pip gets as torch, for example
 #   make test TORCH="torch==2.13.0 --index-url ADDRESS"
 
@@ -10,10 +11,12 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+WORKERS ?= auto
 SANITIZE ?= address,undefined
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/memcore.ready
+SPREAD := --maxprocesses=8 --dist=loadfile # a file's tests share what it compiles
 
 .DEFAULT_GOAL := help
 .PHONY: help test demo bench build test-slow test-asan gpu gpu-sanitize gpu-tables clean
@@ -32,10 +35,10 @@ build: $(READY)
 	@$(PY) setup.py -q build_ext --inplace
 
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(SPREAD) $(ARGS)
 
 test-slow: build
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow -n $(WORKERS) $(SPREAD) $(ARGS)
 
 # The tables of what compilers make of the GPU kernels; needs nvcc, triton and a C++ compiler, no GPU.
 gpu-tables: build

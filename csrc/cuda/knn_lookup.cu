@@ -132,8 +132,7 @@ template <class T> MC_KERNEL knn_slopes_kernel(KnnArgs a) {
       a.to_query[item * K + k] = (float)to_query, a.to_key[item * K + k] = (float)to_key;
     }
   }
-  __syncthreads();
-  own = block_total(own, block.slots);
+  own = block_total(own, block.slots);  // its barrier: what follows reads to_query of all threads
   const Columns cols((int)a.D);
   for (int d0 = 0; d0 < a.D; d0 += cols.lanes) {
     const int d = d0 + cols.lane;
