@@ -38,10 +38,23 @@ inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor
 inline Tensor dense_or_zero(const OptionalTensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
   return t ? dense(*t) : torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
 }
-inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+// Uninitialised, on `like`'s device and by default of its type. torch::stable::new_empty looks aten's operator up by name at every call.
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
+  int64_t strides[8], step = 1;
+  if (shape.size() > 8) fail("memcore: tensors of at most 8 dimensions");
+  for (size_t i = shape.size(); i-- > 0; step *= shape[i] > 1 ? shape[i] : 1) strides[i] = step;
+  int32_t dtype, device, index;
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  else STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides, dtype, device, index, &made));
+  return Tensor(made);
 }
-inline Tensor make_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) { return make(like, Sizes(shape.begin(), shape.size())); }
+inline Tensor make_like(const Tensor& t) { return make(t, t.sizes()); }
 
 inline const void* in(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* in(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }

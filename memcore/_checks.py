@@ -47,7 +47,7 @@ def _promoted(op: str, named: tuple[tuple[str, Tensor | None], ...]) -> list[Ten
 
 def dims(op: str, name: str, t: Tensor, symbols: str, *also: str) -> None:
     """`t` has as many dimensions as `symbols` (or one of `also`) names."""
-    if t.dim() not in {len(s.split(",")) for s in (symbols, *also)}:
+    if t.dim() != symbols.count(",") + 1 and t.dim() not in {s.count(",") + 1 for s in also}:
         forms = " or ".join(f"({s})" for s in (symbols, *also))
         raise ValueError(f"memcore.{op}: {name!r} must have shape {forms}, got {tuple(t.shape)}")
 
@@ -73,6 +73,8 @@ def odd(op: str, name: str, t: Tensor) -> None:
 
 def whole(op: str, name: str, value: int, least: int) -> None:
     """`value` is an int (not a bool) of at least `least`."""
+    if type(value) is int and value >= least:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"memcore.{op}: {name!r} must be an int, got {type(value).__name__}")
     if value < least:

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> knn_lookup_fwd(
   KnnRead a = reading(query, keys, values, found.indices, metric, kernel, delta);
   Tensor kept = make_like(found.indices);
   std::copy_n((const int64_t*)in(found.indices), found.indices.numel(), (int64_t*)out(kept));
-  Tensor distances = torch::stable::new_empty(keys, found.indices.sizes()), weights = torch::stable::new_empty(keys, found.indices.sizes());
+  Tensor distances = make(keys, found.indices.sizes()), weights = make(keys, found.indices.sizes());
   Tensor output = keys.dim() == 3 ? make(keys, {a.A, a.Q, a.V}) : make(keys, {a.Q, a.V});
   a.found = in(found.distances), a.distances = out(distances), a.weights = out(weights), a.output = out(output);
   auto* read = MC_PICK(knn_read);

@@ -104,7 +104,7 @@ void run(KnnArgs& a) {
 }
 
 Tensor integers(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), torch::headeronly::ScalarType::Long);
+  return make(like, Sizes(shape.data(), shape.size()), torch::headeronly::ScalarType::Long);
 }
 
 std::vector<int64_t> result_shape(const Tensor& query, const Tensor& keys, int64_t k) {
@@ -127,9 +127,9 @@ Found knn_find(const Tensor& query, const Tensor& keys, const OptionalTensor& co
   a.query = in(query), a.keys = in(keys), a.count = (const int64_t*)in(rows), a.norms = in(squares);
   if (a.dtype == DType::f32) a.mirror = in(copies), a.rounding = (const float*)in(error);
   const std::vector<int64_t> shape = result_shape(query, keys, k);
-  const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.data(), shape.size());
+  const Sizes sizes(shape.data(), shape.size());
   const auto type = a.dtype == DType::f64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
-  Found found{integers(keys, shape), torch::stable::new_empty(keys, sizes, type)};
+  Found found{integers(keys, shape), make(keys, sizes, type)};
   a.indices = (int64_t*)out(found.indices), a.distances = out(found.distances);
   run(a);
   return found;
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> knn_search_fwd(Tensor query, Tensor keys, Opt
   std::copy_n((const int64_t*)in(found.indices), found.indices.numel(), (int64_t*)out(kept));
   if (distances.scalar_type() != keys.scalar_type()) {
     KnnRead a = knn_reading(query, keys, found.indices, metric);
-    distances = torch::stable::new_empty(keys, found.indices.sizes());
+    distances = make(keys, found.indices.sizes());
     a.found = in(found.distances), a.distances = out(distances);
     auto* kernel = MC_PICK(knn_round);
     parallel(a.A * a.Q, a.k, [&](int64_t b, int64_t e) { kernel(a, b, e); });

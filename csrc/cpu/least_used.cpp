@@ -10,7 +10,7 @@ Tensor least_used_fwd(Tensor usage, int64_t n) {
   LeastArgs a{};
   a.dtype = dtype_of(usage), a.B = usage.size(0), a.N = usage.size(1), a.n = n < a.N ? n : a.N;
   const int64_t shape[] = {a.B, a.n};
-  Tensor indices = torch::stable::new_empty(usage, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), torch::headeronly::ScalarType::Long);
+  Tensor indices = make(usage, Sizes(shape, 2), torch::headeronly::ScalarType::Long);
   a.usage = in(usage), a.indices = (int64_t*)out(indices);
   if (a.n == 0) return indices;
   auto* kernel = MC_PICK(least_used_fwd);

@@ -10,8 +10,8 @@ namespace memcore {
 namespace cuda {
 
 inline Tensor integers(const Tensor& like, std::initializer_list<int64_t> shape) {
-  const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
-  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Long);
+  const Sizes sizes(shape.begin(), shape.size());
+  return make(like, sizes, torch::headeronly::ScalarType::Long);
 }
 
 inline KnnArgs knn_arguments(const char* op, const OnDevice& on, const Tensor& query, const Tensor& keys, int64_t k, int64_t metric) {

@@ -333,12 +333,14 @@ class DND(Lookup, State):
         n = shape[0]
         if hashes is not None:
             hashes = _table.as_hashes("DND.write", hashes, n)
-        if type(dictionary) is int and 0 <= dictionary < self.dictionaries:
+        if dictionary is None:
+            if self.dictionaries > 1:
+                raise ValueError(f"memcore.DND.write: 'dictionary' must be given, as there are {self.dictionaries}")
+            a, which = 0, None
+        elif type(dictionary) is int and 0 <= dictionary < self.dictionaries:
             a, which = dictionary, None
         else:
-            if dictionary is None and self.dictionaries > 1:
-                raise ValueError(f"memcore.DND.write: 'dictionary' must be given, as there are {self.dictionaries}")
-            a, which = 0, self._which("write", 0 if dictionary is None else dictionary, n)
+            a, which = 0, self._which("write", dictionary, n)
         with self._lock:
             pending = self.keys.grad is not None or self.values.grad is not None
             told = pending or self._log is not None or self.searcher is not None
