@@ -1,8 +1,11 @@
-"""The suite `store`: memcore.DND's lookup, write and both, against a ring in plain PyTorch and faiss, as N grows."""
+"""The suite `store`: memcore.DND's lookup, write and both, against a ring in plain PyTorch and faiss, as N grows; and beside approximate indices."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
 
+import numpy as np
 import torch
 
 from .. import stores
@@ -15,6 +18,8 @@ D, K, BATCH = 64, 50, 32
 SIZES, QUICK = (10_000, 100_000, 500_000), (1_000,)
 WRITE_US, PAIR, OF_FAISS, GROWS = 3.0, 1.05, 0.6, 1.5  # gates; a write must not cost GROWS times as much at the largest size as at the least
 COPY = ", bf16 copy"
+BUILT = 100_000  # entries that an approximate index is built for: with more that takes minutes
+RECALL, ASKED = 0.95, 200  # an index searches as widely as finds this share of the K nearest of so many queries
 Calls = dict[str, Callable[[], object]]
 
 
@@ -58,7 +63,6 @@ def _eager(keys: torch.Tensor, values: torch.Tensor, one: Callable, query: torch
 def _faiss(keys: torch.Tensor, one: Callable, query: torch.Tensor) -> Calls:
     """IndexFlatL2 with its oldest entry removed for each that is added; the search alone, without the read."""
     import faiss
-    import numpy as np
 
     index, asked, oldest = faiss.IndexFlatL2(D), query.numpy(), np.zeros(1, np.int64)
     index.add(keys.numpy())
@@ -68,6 +72,128 @@ def _faiss(keys: torch.Tensor, one: Callable, query: torch.Tensor) -> Calls:
         index.add(one()[0].numpy())
 
     return {"lookup": lambda: index.search(asked, K), "write": write, "lookup + write": lambda: (index.search(asked, K), write())}
+
+
+class _Index:
+    """An approximate index whose oldest entry leaves for each that comes. `width` is how widely it searches."""
+
+    def __init__(self, keys: np.ndarray):
+        self.next = len(keys)
+
+    def _turn(self) -> tuple[int, int]:
+        """Identities of the entry that leaves and of the one that comes."""
+        self.next += 1
+        return self.next - 1 - self.size, self.next - 1
+
+
+class _Hnswlib(_Index):
+    name, module = "hnswlib", "hnswlib"
+
+    def __init__(self, keys: np.ndarray):
+        import hnswlib
+
+        super().__init__(keys)
+        self.size, self.index = len(keys), hnswlib.Index("l2", keys.shape[1])
+        self.index.init_index(len(keys), M=16, ef_construction=100, allow_replace_deleted=True)
+        self.index.set_num_threads(1)
+        self.index.add_items(keys, np.arange(len(keys)))
+
+    def width(self, n: int) -> None:
+        self.index.set_ef(n)
+
+    def search(self, queries: np.ndarray) -> np.ndarray:
+        return self.index.knn_query(queries, K)[0]
+
+    def write(self, key: np.ndarray) -> None:
+        oldest, newest = self._turn()
+        self.index.mark_deleted(oldest)
+        self.index.add_items(key, [newest], replace_deleted=True)
+
+
+class _Usearch(_Index):
+    name, module = "usearch", "usearch"
+
+    def __init__(self, keys: np.ndarray):
+        from usearch.index import Index
+
+        super().__init__(keys)
+        self.size, self.index = len(keys), Index(ndim=keys.shape[1], metric="l2sq", dtype="f32", connectivity=16, expansion_add=100)
+        self.index.add(np.arange(len(keys)), keys, threads=1)
+
+    def width(self, n: int) -> None:
+        self.index.expansion_search = n
+
+    def search(self, queries: np.ndarray) -> np.ndarray:
+        return self.index.search(queries, K, threads=1).keys.reshape(len(queries), K)
+
+    def write(self, key: np.ndarray) -> None:
+        oldest, newest = self._turn()
+        self.index.remove(oldest)
+        self.index.add(newest, key[0], threads=1)
+
+
+class _Ivf(_Index):
+    name, module = "faiss IVF", "faiss"
+
+    def __init__(self, keys: np.ndarray):
+        import faiss
+
+        super().__init__(keys)
+        faiss.omp_set_num_threads(1)
+        self.size, self.coarse = len(keys), faiss.IndexFlatL2(keys.shape[1])
+        self.index = faiss.IndexIVFFlat(self.coarse, keys.shape[1], 4 * int(len(keys) ** 0.5))
+        self.index.set_direct_map_type(faiss.DirectMap.Hashtable)  # without it a removal looks at every entry
+        self.index.train(keys)
+        self.index.add_with_ids(keys, np.arange(len(keys)))
+
+    def width(self, n: int) -> None:
+        self.index.nprobe = n // 8
+
+    def search(self, queries: np.ndarray) -> np.ndarray:
+        return self.index.search(queries, K)[1]
+
+    def write(self, key: np.ndarray) -> None:
+        oldest, newest = self._turn()
+        self.index.remove_ids(np.array([oldest]))
+        self.index.add_with_ids(key, np.array([newest]))
+
+
+def _indices(run: Run, keys: torch.Tensor) -> Iterator[tuple[_Index, float]]:
+    """Each approximate index that is installed, searching as widely as it must, and its recall."""
+    g = torch.Generator().manual_seed(run.seed + 1)
+    queries = torch.randn(ASKED, D, generator=g)
+    nearest = torch.cdist(queries.double(), keys.double()).topk(K, largest=False).indices.numpy()
+    for kind in (_Hnswlib, _Usearch, _Ivf):
+        if not find_spec(kind.module):
+            run.tell_once(f"store: {kind.module} is not installed, left out")
+            continue
+        run.say(f"store: building {kind.name} of {len(keys):,} entries")
+        index: Any = kind(keys.numpy())
+        for exponent in range(6, 13):
+            index.width(2**exponent)
+            found = index.search(queries.numpy())
+            recall = float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, nearest, strict=True)])) / K
+            if recall >= RECALL:
+                break
+        yield index, recall
+
+
+def _approximate(run: Run, keys: torch.Tensor, ours: dict[str, Calls], one: Callable, query: torch.Tensor) -> None:
+    """Exact lookups of ours beside approximate indices that find most of the neighbours."""
+    recall, calls = {}, {(op, name): call for name, of in ours.items() for op, call in of.items()}
+    for index, share in _indices(run, keys):
+        recall[index.name] = share
+        lookup, write = (lambda i=index: i.search(query.numpy())), (lambda i=index: i.write(one()[0].numpy()))
+        pair = lambda a=lookup, b=write: (a(), b())
+        calls |= {("lookup", index.name): lookup, ("write", index.name): write, ("lookup + write", index.name): pair}
+    if not recall:
+        return
+    with measure.threads(1), torch.no_grad():
+        timings = run.time(calls, 1, 12)
+    for op in ("lookup", "write", "lookup + write"):
+        shown = {name: t for (of, name), t in timings.items() if of == op}
+        found = recall if op != "write" else {}
+        run.add("approximate", op, f"(N={len(keys)},D={D},K={K})", "a call", 1, shown, recall=found)
 
 
 def store(run: Run) -> None:
@@ -102,6 +228,8 @@ def store(run: Run) -> None:
             ours[op + copy, N] = run.rows[at]
         if not run.quick:
             _judge(ours, timings, N)
+        if N <= BUILT:
+            _approximate(run, keys, {name: of for name, of in variants.items() if name.startswith("memcore")}, one, query)
     if not run.quick:
         for copy in ("", COPY):
             first, last = (ours[f"write of {BATCH}{copy}", N] for N in (sizes[0], sizes[-1]))

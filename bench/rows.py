@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ FIELDS = (
     "commit", "date", "cpu", "cores", "torch", "backend", "isa", "device", "allocator", "threads", "clock",
     "suite", "op", "shape", "dtype", "pass", "variant", "rounds", "ms_median", "p20", "p80", "min", "max",
     "GB/s", "GFLOP/s", "least_bytes", "saved_bytes", "saved_memories", "aten_calls", "ratio_vs_eager", "ratio_vs_compile", "gate", "passed",
+    "recall",
 )  # fmt: skip
 _INTS = {"cores", "threads", "rounds", "least_bytes", "saved_bytes", "aten_calls"}
 _NUMBERS = {
-    "ms_median", "p20", "p80", "min", "max", "GB/s", "GFLOP/s", "saved_memories", "ratio_vs_eager", "ratio_vs_compile",
+    "ms_median", "p20", "p80", "min", "max", "GB/s", "GFLOP/s", "saved_memories", "ratio_vs_eager", "ratio_vs_compile", "recall",
 }  # fmt: skip
 _KEY = ("suite", "op", "shape", "dtype", "pass", "threads", "variant", "device")
 CSV, JSONL = "rows.csv", "rows.jsonl"
@@ -35,10 +37,10 @@ def _plain(value: Any) -> Any:
 
 
 def append(rows: Iterable[dict[str, Any]], folder: str | Path) -> Path:
-    """Append to `rows.csv` and `rows.jsonl` in `folder`; returns the CSV's path.
+    """Append to `rows.csv` and `rows.jsonl` in `folder`; returns the CSV's path. A CSV of an older version gets the columns that it lacks.
 
     Raises:
-        ValueError: the CSV there has other columns, or a row has an unknown one.
+        ValueError: the CSV there has columns that this version does not know, or a row has.
     """
     rows = [{name: _plain(row.get(name)) for name in FIELDS} if not set(row) - set(FIELDS) else row for row in rows]
     for row in rows:
@@ -47,20 +49,27 @@ def append(rows: Iterable[dict[str, Any]], folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CSV
-    new = not path.exists()
-    if not new:
+    if path.exists():
         with path.open(newline="") as f:
             header = tuple(next(csv.reader(f), ()))
         if header != FIELDS:
-            raise ValueError(f"memcore bench: {str(path)!r} must have the columns of this version, got {', '.join(header) or 'nothing'}")
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+            if not header or set(header) - set(FIELDS):
+                raise ValueError(f"memcore bench: {str(path)!r} must have the columns of this version, got {', '.join(header) or 'nothing'}")
+            partial = path.with_name(f"{CSV}.{os.getpid()}")
+            _write(partial, read(folder), "w")
+            partial.replace(path)
+    _write(path, rows, "a")
     with (folder / JSONL).open("a") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     return path
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]], mode: str) -> None:
+    with path.open(mode, newline="") as f:
+        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
+        if not f.tell():
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def _value(name: str, cell: str) -> Any:
@@ -116,9 +125,15 @@ _HEADS = {
     "growth": "`ntm_step` chained, (B,read/write heads,N,W), forward + backward",
     "held": "call",
     "store": "`memcore.DND`, one query",
+    "approximate": "`memcore.DND`, exact, beside approximate indices of about the recall said, one query",
     "knn": "the K nearest keys",
 }
-_SEARCHES = {"store": "us", "knn": "ms"}
+_APPROXIMATE = ("hnswlib", "usearch", "faiss IVF")
+_SEARCHES = {  # unit, variants
+    "store": ("us", ("memcore", "eager", "faiss")),
+    "approximate": ("us", ("memcore", "memcore, bf16 copy", *_APPROXIMATE)),
+    "knn": ("ms", ("memcore", "eager", "faiss", "sparse eager")),
+}
 _STEP_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")
 
 
@@ -179,26 +194,35 @@ def _met(ours: dict[str, Any], eager: dict[str, Any] | None, least: float | None
     return "yes" if ours["passed"] else "NO"
 
 
-def _searches(rows: Sequence[dict[str, Any]], suite: str, unit: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the tables of searches."""
+def _searches(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the tables of searches; columns of gates only where one is set."""
+    unit, variants = _SEARCHES[suite]
     scale = {"ms": 1, "us": 1e3}[unit]
-    names = [n for n in ("memcore", "eager", "faiss", "sparse eager") if any(r["variant"] == n for r in rows)]
+    names = [n for n in variants if any(r["variant"] == n for r in rows)]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        return f"{scale * row['ms_median']:.3g}" + ("" if row["recall"] is None else f" (recall {row['recall']:.2f})")
+
     head = [_HEADS[suite], "of", *(f"{n}, {unit}" for n in names), *(f"vs {n}" for n in names[1:]), "gate", "met"]
     lines = []
     for group in _grouped(rows).values():
         ours = group["memcore"]
         lines.append([
-            f"{ours['op']} {ours['shape']}", ours["pass"], *(f"{scale * group[n]['ms_median']:.3g}" if n in group else "" for n in names),
+            f"{ours['op']} {ours['shape']}", ours["pass"], *(cell(group.get(n)) for n in names),
             *(_times(group[n]["ms_median"] / ours["ms_median"]) if n in group else "" for n in names[1:]),
             ours["gate"] or "", "" if ours["passed"] is None else "yes" if ours["passed"] else "NO",
         ])  # fmt: skip
+    if not any(line[-2] for line in lines):
+        head, lines = head[:-2], [line[:-2] for line in lines]
     return head, lines
 
 
 def _lines(rows: Sequence[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one suite's table; columns nobody fills are left out."""
     if suite in _SEARCHES:
-        return _searches([r for r in rows if r["suite"] == suite], suite, _SEARCHES[suite])
+        return _searches([r for r in rows if r["suite"] == suite], suite)
     if suite == "growth":
         return _growth([r for r in rows if r["suite"] == suite])
     head = [_HEADS[suite], "pass", "threads", "memcore, ms", "eager, ms", "compile, ms", "vectorised, ms", "as commonly written, ms",

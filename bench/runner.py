@@ -77,6 +77,7 @@ class Run:
         memory: int | None = None,
         aten: Mapping[str, int] | None = None,
         gate: Gate | None = None,
+        recall: Mapping[str, float] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """One row a variant; times are divided by `steps`, bytes and flops are of one step."""
@@ -106,6 +107,7 @@ class Run:
                 "saved_bytes": kept,
                 "saved_memories": None if kept is None or not memory else kept / steps / memory,
                 "aten_calls": (aten or {}).get(name),
+                "recall": (recall or {}).get(name),
             }
             for other in ("eager", "compile"):
                 row[f"ratio_vs_{other}"] = medians[other] / medians[name] if other in medians and other != name else None

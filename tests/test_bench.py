@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import memcore
-from memcore.bench import base, baselines, cases, measure, rows, runner
+from memcore.bench import base, baselines, bench_store, cases, measure, rows, runner
 from memcore.bench import sequence as sequence_suite
 from memcore.bench.__main__ import main
 from memcore.bench.cases import CASES, SHAPES, STEPS, Gate, Shape, StepCase
@@ -375,6 +375,20 @@ def test_rows_of_an_older_version_are_read(tmp_path):
     (tmp_path / rows.CSV).write_text("suite,op,ms_median\nops,read,2.5\n")
     (row,) = rows.read(tmp_path)
     assert row == {**dict.fromkeys(rows.FIELDS), "suite": "ops", "op": "read", "ms_median": 2.5}
+    rows.append([{**row, "op": "sharpen", "recall": 0.5}], tmp_path)
+    old, new = rows.read(tmp_path)
+    assert old == row and new == {**row, "op": "sharpen", "recall": 0.5}
+
+
+def test_approximate_indices_keep_the_newest_entries_and_find_most_neighbours(run):
+    pytest.importorskip("faiss")
+    keys = torch.randn(2000, bench_store.D, generator=torch.Generator().manual_seed(1))
+    for index, recall in bench_store._indices(run, keys):
+        assert bench_store.RECALL <= recall <= 1, index.name
+        first, far = keys[:1].numpy(), torch.full((1, bench_store.D), 9.0).numpy()
+        assert index.search(first)[0, 0] == 0
+        index.write(far)  # the oldest entry leaves
+        assert index.search(far)[0, 0] == 2000 and 0 not in index.search(first), index.name
 
 
 def test_foreign_columns_are_refused(run, tmp_path):

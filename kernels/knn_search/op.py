@@ -95,6 +95,18 @@ def arguments(
     """Checked arguments of a search: query, keys, values..., count, the cache's three."""
     given = keys.dtype if isinstance(keys, Tensor) else None
     query, keys, *values = _checks.common(op, ("query", query), ("keys", keys), *(("values", v) for v in values))
+    q, s = query.shape, keys.shape
+    fit = len(s) == 3 and len(q) in (2, 3) and q[-1] == s[2] and (len(q) == 2 or q[0] == s[0]) or len(s) == len(q) == 2 and q[1] == s[1]
+    if not (fit and all(v.dim() == len(s) and v.shape[:-1] == s[:-1] for v in values)):
+        _refuse_shapes(op, query, keys, values)
+    _checks.whole(op, "k", k, 0)
+    if metric not in METRICS:
+        raise ValueError(f"memcore.{op}: 'metric' must be 'l2', 'cosine' or 'ip', got {metric!r}")
+    return query, keys, *values, _count(op, count, keys), *_cache(op, cache, keys, given)
+
+
+def _refuse_shapes(op: str, query: Tensor, keys: Tensor, values: list[Tensor]) -> None:
+    """Tells what does not fit."""
     _checks.dims(op, "query", query, "A, Q, D", "Q, D")
     _checks.dims(op, "keys", keys, "A, N, D", "N, D")
     N, D = keys.shape[-2:]
@@ -108,10 +120,6 @@ def arguments(
         _checks.dims(op, "values", v, "A, N, V", "N, V")
         symbols = "A, N, V" if keys.dim() == 3 else "N, V"
         _checks.shape(op, "values", v, symbols, (*keys.shape[:-1], v.shape[-1]), "keys", keys.shape)
-    _checks.whole(op, "k", k, 0)
-    if metric not in METRICS:
-        raise ValueError(f"memcore.{op}: 'metric' must be 'l2', 'cosine' or 'ip', got {metric!r}")
-    return query, keys, *values, _count(op, count, keys), *_cache(op, cache, keys, given)
 
 
 def _count(op: str, count: Tensor | int | None, keys: Tensor) -> Tensor | None:
@@ -125,6 +133,8 @@ def _count(op: str, count: Tensor | int | None, keys: Tensor) -> Tensor | None:
         if count.dim() > 0:
             sizes = (keys.shape[0],) if keys.dim() == 3 else (1,)
             _checks.shape(op, "count", count, "A", sizes, "keys", keys.shape)
+            if count.dtype == torch.int64:
+                return count
     else:
         _checks.whole(op, "count", count, 0)
         if count > keys.shape[-2]:
