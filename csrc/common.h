@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -38,6 +42,15 @@ inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor
 inline Tensor dense_or_zero(const OptionalTensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
   return t ? dense(*t) : torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
 }
+// Asks for huge pages where a large array will lie: a page fault for 2 MiB instead of 512. Systems that give them to whoever asks are the rule.
+inline void ask_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t from = ((uintptr_t)p + kHuge - 1) / kHuge * kHuge, to = ((uintptr_t)p + (uintptr_t)bytes) / kHuge * kHuge;
+  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);  // a hint: nothing depends on its success
+#endif
+}
+
 // Uninitialised, on `like`'s device and by default of its type. torch::stable::new_empty looks aten's operator up by name at every call.
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
@@ -51,7 +64,13 @@ inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headero
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides, dtype, device, index, &made));
-  return Tensor(made);
+  const Tensor tensor(made);
+  constexpr int64_t kLarge = 4 << 20;
+  if (device == aoti_torch_device_type_cpu()) {
+    const int64_t bytes = step * (int64_t)tensor.element_size();
+    if (bytes >= kLarge) ask_huge_pages(tensor.mutable_data_ptr(), bytes);
+  }
+  return tensor;
 }
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) { return make(like, Sizes(shape.begin(), shape.size())); }
 inline Tensor make_like(const Tensor& t) { return make(t, t.sizes()); }
