@@ -40,7 +40,7 @@ struct Call {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_sequence_fwd(
     Tensor input, Tensor memory, Tensor reads, Tensor weights, Tensor state, Tensor parameters, OptionalTensor lengths, int64_t outputs, bool lstm,
-    int64_t layers, int64_t read_heads, int64_t write_heads, int64_t shift_range, bool write_first, double clip, int64_t every, bool) {
+    int64_t layers, int64_t read_heads, int64_t write_heads, int64_t shift_range, bool write_first, double clip, int64_t every, bool keep) {
   input = dense(input), memory = dense(memory), reads = dense(reads), weights = dense(weights), state = dense(state), parameters = dense(parameters);
   lengths = dense(lengths);
   Call call(input, memory, reads, weights, state, parameters, lengths, outputs, lstm, layers, read_heads, write_heads, shift_range, write_first, clip, every);
