@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -51,9 +52,17 @@ inline void ask_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-// Uninitialised, on `like`'s device and by default of its type. torch::stable::new_empty looks aten's operator up by name at every call.
+// Whether fresh tensors come through PyTorch's dispatcher, where modes see them and `fill_uninitialized_memory` fills them: for tests.
+#ifndef MC_ALLOCATE_BY_ATEN
+#define MC_ALLOCATE_BY_ATEN 0
+#endif
+inline std::atomic<bool> allocate_by_aten{MC_ALLOCATE_BY_ATEN};
+
+// Uninitialised, on `like`'s device and by default of its type. torch::stable::new_empty looks aten's operator up by name at every
+// call, which takes 1.5 us.
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
+inline Tensor allocate(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type) {
+  if (allocate_by_aten.load(std::memory_order_relaxed)) return torch::stable::new_empty(like, shape, type);
   int64_t strides[8], step = 1;
   if (shape.size() > 8) fail("memcore: tensors of at most 8 dimensions");
   for (size_t i = shape.size(); i-- > 0; step *= shape[i] > 1 ? shape[i] : 1) strides[i] = step;
@@ -64,12 +73,13 @@ inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headero
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides, dtype, device, index, &made));
-  const Tensor tensor(made);
+  return Tensor(made);
+}
+inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
   constexpr int64_t kLarge = 4 << 20;
-  if (device == aoti_torch_device_type_cpu()) {
-    const int64_t bytes = step * (int64_t)tensor.element_size();
-    if (bytes >= kLarge) ask_huge_pages(tensor.mutable_data_ptr(), bytes);
-  }
+  const Tensor tensor = allocate(like, shape, type);
+  const int64_t bytes = tensor.numel() * (int64_t)tensor.element_size();
+  if (bytes >= kLarge && tensor.is_cpu()) ask_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) { return make(like, Sizes(shape.begin(), shape.size())); }

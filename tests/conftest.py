@@ -11,7 +11,11 @@ _data = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "MEMCORE_DATA" not in os.environ and _data.is_dir():
     os.environ["MEMCORE_DATA"] = str(_data)
 
-from paths import PATHS, use_path  # noqa: E402  (MEMCORE_DATA comes first)
+from memcore import _backend  # noqa: E402  (MEMCORE_DATA comes first)
+from paths import PATHS, use_path  # noqa: E402
+
+if _backend.native is not None:
+    torch.ops.memcore._set_allocate_by_aten(True)  # what the kernels allocate is filled, too; processes of their own do as users do
 
 hypothesis.settings.register_profile("memcore", deadline=None, derandomize=True, max_examples=12, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
@@ -40,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _house():
-    """Fixed seed, one thread, NaN in every fresh tensor: native kernels allocate through aten too."""
+    """Fixed seed, one thread, NaN in every fresh tensor."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -69,6 +69,8 @@ std::string set_cpu_isa(const std::string& name) {
   return previous == kUnset ? "auto" : kNames[previous];
 }
 
+bool set_allocate_by_aten(bool wanted) { return allocate_by_aten.exchange(wanted); }
+
 }  // namespace
 }  // namespace memcore
 
@@ -76,10 +78,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str");
   m.def("_set_cpu_isa(str name) -> str");
+  m.def("_set_allocate_by_aten(bool wanted) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&memcore::cpu_isa));
   m.impl("_cpu_isas", TORCH_BOX(&memcore::cpu_isas));
   m.impl("_set_cpu_isa", TORCH_BOX(&memcore::set_cpu_isa));
+  m.impl("_set_allocate_by_aten", TORCH_BOX(&memcore::set_allocate_by_aten));
 }

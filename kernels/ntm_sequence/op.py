@@ -52,7 +52,7 @@ def _reference(
         write_heads=write_heads,
         shift_range=shift_range,
         order=_ORDERS[0 if write_first else 1],
-        gated=lstm,
+        lstm=lstm,
         clip=clip or None,
         lengths=lengths,
     )
@@ -137,7 +137,7 @@ def ntm_sequence(
     write_heads: int,
     shift_range: int = 1,
     order: str = "write_read",
-    gated: bool = True,
+    lstm: bool = True,
     clip: float | None = None,
     lengths: Tensor | None = None,
     checkpoint_every: int | None = None,
@@ -157,7 +157,7 @@ def ntm_sequence(
         read_heads, write_heads: either may be 0, not both.
         shift_range: R; 2R + 1 shifts are allowed.
         order: "write_read" reads after the write (the paper's M_t), "read_write" before it.
-        gated: LSTM layers; False: tanh layers.
+        lstm: LSTM layers; False: tanh layers.
         clip: bound of the interface's raw numbers; None: none.
         lengths: [B] integers: item b ends after lengths[b] steps, its state stays as it is and its outputs are 0. None: all T.
         checkpoint_every: steps between two kept copies of the memory; None: about sqrt(T). It changes no result.
@@ -187,8 +187,8 @@ def ntm_sequence(
     _checks.shape(_OP, "weights", weights, "B, H, N", (B, H, N), "memory", memory.shape)
     if L < 1:
         raise ValueError(f"memcore.{_OP}: 'parameters.layers' must have at least one layer, got none")
-    _checks.shape(_OP, "controller", controller, "2 layers, B, K", (2 * L if gated else 0, B, K), "parameters", (L, B, K))
-    shapes = _sizes(X, K, O, W, gated, L, read_heads, write_heads, shift_range)
+    _checks.shape(_OP, "controller", controller, "2 layers, B, K", (2 * L if lstm else 0, B, K), "parameters", (L, B, K))
+    shapes = _sizes(X, K, O, W, lstm, L, read_heads, write_heads, shift_range)
     for i, (t, expected) in enumerate(zip(flat, shapes, strict=True)):
         if tuple(t.shape) != expected:
             owner = f"layers[{i // 2}]" if i < 2 * L else ("interface", "output")[(i - 2 * L) // 2]
@@ -208,7 +208,7 @@ def ntm_sequence(
             raise ValueError(f"memcore.{_OP}: 'lengths' must lie in 0..T = 0..{T}, got {lengths.tolist()}")
         lengths = lengths.to(memory.device, torch.int64).clamp(0, T)
     heads = {"read_heads": read_heads, "write_heads": write_heads, "shift_range": shift_range, "order": order}
-    if N > 0 and L <= _MOST_LAYERS and runs_whole(memory, X, K, O, gated, L, read_heads, write_heads, shift_range):
+    if N > 0 and L <= _MOST_LAYERS and runs_whole(memory, X, K, O, lstm, L, read_heads, write_heads, shift_range):
         dtype = memory.dtype
         states = [input, memory, reads, weights, controller]
         vector = torch.cat([t.reshape(-1) for t in flat])
@@ -216,8 +216,8 @@ def ntm_sequence(
             *states, vector = (t.float() for t in (*states, vector))
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, vector))
         every = checkpoint_every or copies_every(T)
-        rest = O, gated, L, read_heads, write_heads, shift_range, order == _ORDERS[0], float(clip or 0), every, keep
+        rest = O, lstm, L, read_heads, write_heads, shift_range, order == _ORDERS[0], float(clip or 0), every, keep
         return NTMSequence(*(t.to(dtype) for t in _fwd(*states, vector, lengths, *rest)))
     pairs = list(zip(flat[::2], flat[1::2]))
     unpacked = NTMParameters(pairs[:-2], pairs[-2], pairs[-1])
-    return reference.run(ntm_step, input, memory, reads, weights, controller, unpacked, gated, clip, lengths, **heads)
+    return reference.run(ntm_step, input, memory, reads, weights, controller, unpacked, lstm, clip, lengths, **heads)

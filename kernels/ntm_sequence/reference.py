@@ -101,11 +101,11 @@ def ntm_sequence(
     write_heads: int,
     shift_range: int = 1,
     order: str = "write_read",
-    gated: bool = True,
+    lstm: bool = True,
     clip: float | None = None,
     lengths: Tensor | None = None,
     checkpoint_every: int | None = None,
 ) -> NTMSequence:
     """Controller, memory and output layer over all time steps; see memcore.functional.ntm_sequence."""
     heads = {"read_heads": read_heads, "write_heads": write_heads, "shift_range": shift_range, "order": order}
-    return run(reference.ntm_step, input, memory, reads, weights, controller, parameters, gated, clip, lengths, **heads)
+    return run(reference.ntm_step, input, memory, reads, weights, controller, parameters, lstm, clip, lengths, **heads)

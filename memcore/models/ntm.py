@@ -185,15 +185,15 @@ class NTMCell(MemoryCell):
     def sequence(
         self, x: Tensor, state: NTMState, lengths: list[int] | None, output: nn.Linear
     ) -> tuple[Tensor, NTMState] | None:
-        gated = isinstance(self.controller, LSTMController)
-        standard = gated or isinstance(self.controller, FeedForwardController)
+        lstm = isinstance(self.controller, LSTMController)
+        standard = lstm or isinstance(self.controller, FeedForwardController)
         if not standard or torch.is_autocast_enabled(x.device.type):
             return None
         units, layers = self.controller.output_size, self.controller.layers()
         heads = self.read_heads, self.write_heads, self.shift_range
-        if not runs_whole(state.memory, self.input_size, units, output.out_features, gated, len(layers), *heads):
+        if not runs_whole(state.memory, self.input_size, units, output.out_features, lstm, len(layers), *heads):
             return None
-        start = torch.stack(state.controller) if gated else x.new_empty(0, x.shape[1], self.controller.output_size)
+        start = torch.stack(state.controller) if lstm else x.new_empty(0, x.shape[1], self.controller.output_size)
         found = F.ntm_sequence(
             x,
             state.memory,
@@ -205,11 +205,11 @@ class NTMCell(MemoryCell):
             write_heads=self.write_heads,
             shift_range=self.shift_range,
             order=self.order,
-            gated=gated,
+            lstm=lstm,
             clip=self.controller_clip,
             lengths=None if lengths is None else torch.tensor(lengths),
         )
-        return found.output, NTMState(found.memory, found.reads, found.weights, found.controller.unbind(0) if gated else ())
+        return found.output, NTMState(found.memory, found.reads, found.weights, found.controller.unbind(0) if lstm else ())
 
     def watch(self, state: NTMState, interface: Tensor) -> dict[str, Tensor]:
         pieces = F.split_interface(

@@ -24,7 +24,7 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 SEQUENCES = {
     **test_ntm_sequence.CASES,
     "wide_controller": {"K": 70, "B": 1, "T": 2},
-    "many_inputs": {"X": 270, "B": 1, "T": 2, "gated": False, "layers": 2},
+    "many_inputs": {"X": 270, "B": 1, "T": 2, "lstm": False, "layers": 2},
     "small_lengths": {"T": 3, "B": 2, "lengths": [3, 1], "checkpoint_every": 2},
     "small_heads": {"T": 2, "B": 1, "R": 5, "Hw": 2, "layers": 2, "clip": 0.5},
 }

@@ -28,7 +28,7 @@ def sizes_of(drawn) -> cuda.Sizes:
     layers = (len(flat) - 4) // 2
     heads = options["read_heads"], options["write_heads"], options["shift_range"]
     X, K = tensors["input"].shape[2], tensors["controller"].shape[2]
-    return cuda.Sizes(X, K, len(flat[-1]), *tensors["memory"].shape[1:], options["gated"], layers, *heads)
+    return cuda.Sizes(X, K, len(flat[-1]), *tensors["memory"].shape[1:], options["lstm"], layers, *heads)
 
 
 def launches(drawn):
@@ -69,7 +69,7 @@ def test_random_shapes(data):
     lengths = data.draw(st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B))
     drawn = draw(
         n(0, 1 << 30), T=T, B=B, N=n(1, 70), W=n(1, 40), K=n(1, 300), X=n(0, 5), O=n(0, 5), R=R, Hw=n(0 if R else 1, 3), S=n(0, 2), layers=n(1, 3),
-        gated=data.draw(st.booleans()), order=data.draw(st.sampled_from(["write_read", "read_write"])), lengths=lengths,
+        lstm=data.draw(st.booleans()), order=data.draw(st.sampled_from(["write_read", "read_write"])), lengths=lengths,
         checkpoint_every=data.draw(st.none() | st.integers(1, 8)), clip=data.draw(st.none() | st.floats(0.1, 3)),
     )  # fmt: skip
     with cuda_shim.use():
@@ -105,7 +105,7 @@ def test_padding_is_not_looked_at(backend):
     assert all(torch.equal(a, b) for a, b in zip((*ys, *grads), (*zs, *spoilt_grads), strict=True))
 
 
-@pytest.mark.parametrize("sizes", [{"T": 0}, {"B": 0}, {"X": 0, "R": 0, "gated": False}, {"O": 0}], ids=str)
+@pytest.mark.parametrize("sizes", [{"T": 0}, {"B": 0}, {"X": 0, "R": 0, "lstm": False}, {"O": 0}], ids=str)
 def test_nothing_there(sizes, backend):
     drawn = draw(**sizes)
     ys, grads = gradients(ntm_sequence, *drawn)

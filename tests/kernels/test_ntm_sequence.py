@@ -13,7 +13,7 @@ from paths import PATHS, use_path
 NATIVE = [p for p in PATHS if p != "reference"]
 
 
-def draw(seed=0, *, T=5, B=3, X=3, N=7, W=5, K=6, O=4, R=1, Hw=1, S=1, layers=1, gated=True, lengths=None, dtype=torch.float32, **options):
+def draw(seed=0, *, T=5, B=3, X=3, N=7, W=5, K=6, O=4, R=1, Hw=1, S=1, layers=1, lstm=True, lengths=None, dtype=torch.float32, **options):
     """(tensors by name, parameters as a flat list, keyword arguments)."""
     g = torch.Generator().manual_seed(seed)
 
@@ -25,10 +25,10 @@ def draw(seed=0, *, T=5, B=3, X=3, N=7, W=5, K=6, O=4, R=1, Hw=1, S=1, layers=1,
         "memory": normal(B, N, W),
         "reads": normal(B, R, W),
         "weights": normal(B, R + Hw, N).softmax(2),
-        "controller": normal(2 * layers if gated else 0, B, K, scale=0.5),
+        "controller": normal(2 * layers if lstm else 0, B, K, scale=0.5),
     }
-    flat = [normal(*shape, scale=0.4) for shape in _sizes(X, K, O, W, gated, layers, R, Hw, S)]
-    options = {"read_heads": R, "write_heads": Hw, "shift_range": S, "gated": gated, **options}
+    flat = [normal(*shape, scale=0.4) for shape in _sizes(X, K, O, W, lstm, layers, R, Hw, S)]
+    options = {"read_heads": R, "write_heads": Hw, "shift_range": S, "lstm": lstm, **options}
     if lengths is not None:
         options["lengths"] = torch.tensor(lengths)
     return tensors, flat, options
@@ -64,9 +64,9 @@ def compare(drawn, only=None, tolerance=2e-4):
 
 CASES = {
     "ordinary": {},
-    "tanh": {"gated": False},
+    "tanh": {"lstm": False},
     "two_layers": {"layers": 2},
-    "three_tanh_layers": {"layers": 3, "gated": False},
+    "three_tanh_layers": {"layers": 3, "lstm": False},
     "four_reads": {"R": 4, "Hw": 1, "W": 33},
     "five_reads_two_writes": {"R": 5, "Hw": 2},
     "reads_first": {"order": "read_write", "R": 2},
@@ -113,7 +113,7 @@ def test_one_gradient_alone(only):
     st.booleans(),
     st.sampled_from(["write_read", "read_write"]),
 )
-def test_random_shapes(data, T, B, N, W, K, gated, order):
+def test_random_shapes(data, T, B, N, W, K, lstm, order):
     R = data.draw(st.integers(0, 5))
     Hw = data.draw(st.integers(0 if R else 1, 3))
     lengths = data.draw(st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B))
@@ -121,7 +121,7 @@ def test_random_shapes(data, T, B, N, W, K, gated, order):
     more |= {"S": data.draw(st.integers(0, 2)), "clip": data.draw(st.none() | st.floats(0.1, 3)), "lengths": lengths}
     seed = data.draw(st.integers(0, 1 << 30))
     # In float64: float32 has cases of its own, and random parameters now and then make a step that amplifies rounding.
-    compare(draw(seed, T=T, B=B, N=N, W=W, K=K, R=R, Hw=Hw, gated=gated, order=order, dtype=torch.float64, **more), tolerance=1e-7)
+    compare(draw(seed, T=T, B=B, N=N, W=W, K=K, R=R, Hw=Hw, lstm=lstm, order=order, dtype=torch.float64, **more), tolerance=1e-7)
 
 
 def test_equals_steps_without_kernel():
@@ -255,7 +255,7 @@ def test_saved_numbers():
         ({"lengths": torch.tensor([1, 2])}, ValueError, "'lengths' must have shape"),
         ({"lengths": torch.tensor([1, 2, 6])}, ValueError, "'lengths' must lie in 0..T"),
         ({"read_heads": 2}, ValueError, "'reads' must have shape"),
-        ({"gated": False}, ValueError, "'controller' must have shape"),
+        ({"lstm": False}, ValueError, "'controller' must have shape"),
         ({"shift_range": 2}, ValueError, "parameters.interface"),
     ],
 )

@@ -19,7 +19,7 @@ from test_ntm_sequence import compare, draw, gradients, ntm_sequence  # noqa: E4
 SMALL = {"T": 2, "B": 1, "checkpoint_every": 2, "R": 2, "clip": 1.0, "S": 2}
 MORE = {
     "lengths": {"T": 3, "B": 2, "lengths": [3, 1], "checkpoint_every": 2},
-    "tanh": {"gated": False, "layers": 2, "T": 2, "B": 1, "order": "read_write", "Hw": 2},
+    "tanh": {"lstm": False, "layers": 2, "T": 2, "B": 1, "order": "read_write", "Hw": 2},
     "wide": {"K": 70, "T": 2, "B": 1, "N": 33, "W": 9},
     "only_reads": {"R": 2, "Hw": 0, "T": 2, "B": 1},
 }
