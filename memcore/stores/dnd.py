@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from ..functional import KnnLookup, knn_lookup
 from . import _files, _table
+from ._changes import WRITTEN, Changes
 from ._lookup import Lookup
 from ._optimizers import RowOptimizer, as_optimizer
 from ._rings import RINGS, Rings, drop_rows, used_rows
@@ -25,7 +25,6 @@ __all__ = ["DND", "Stats"]
 _DTYPES = (torch.float32, torch.float64)
 _PATIENCE = 100  # lookups tried again because of a writer
 _LARGEST = 2**31 - 2
-_WRITTEN = ("updated", "appended", "replaced", "rejected")
 _forks = 0
 
 
@@ -57,7 +56,7 @@ class Stats(NamedTuple):
     """Optimizer steps of a row that would have made it NaN or Inf."""
 
 
-class DND(Lookup, State):
+class DND(Lookup, Changes, State):
     """Dictionaries from keys to values whose read is the weighted mean of the nearest entries' values.
 
     read(h) = sum_i w_i v_i over the `neighbours` nearest keys h_i of h, w_i = k(h, h_i) / sum_j k(h, h_j), as `knn_lookup` has it. The A
@@ -144,7 +143,7 @@ class DND(Lookup, State):
         knn_lookup(none, none, none, 0, kernel=kernel, delta=delta, metric=metric)  # judges these three
         self._table = _table.new_table(dictionaries, capacity)
         self._direct = self.device.type == "cpu" and hasattr(self._table, "write")
-        self._counts = dict.fromkeys((*_WRITTEN, "deleted", "rows_trained"), 0)
+        self._counts = dict.fromkeys((*WRITTEN, "deleted", "rows_trained"), 0)
         self._refused = torch.zeros((), dtype=torch.int64, device=self.device)
         self._clock = 0
         self._log: Any = None
@@ -270,39 +269,6 @@ class DND(Lookup, State):
             raise ValueError(f"memcore.DND.touch: 'indices' must have shape (A, Q, K) with A = {self.dictionaries}, got {tuple(indices.shape)}")
         self._touch(indices.detach(), which)
 
-    def _touch(self, indices: Tensor, which: Tensor | None) -> None:
-        with self._lock:
-            if self._rings.stamps is not None:
-                self._stamp(indices, which)
-            elif which is None and self._direct:
-                indices = indices.contiguous()
-                self._table.touch_at(0, indices.data_ptr(), *indices.shape)
-            else:
-                owners = range(self.dictionaries) if which is None else which.tolist()
-                for a, slots in zip(owners, indices.flip(-1).cpu().numpy(), strict=True):
-                    self._table.touch(a, slots.reshape(-1))
-
-    def _stamp(self, indices: Tensor, which: Tensor | None) -> None:
-        """The same on the device: later uses get higher stamps."""
-        n = indices.numel() // max(1, indices.shape[0]) if which is None else indices.numel()
-        order = torch.arange(n, device=self.device).view(*(indices.shape[1:] if which is None else indices.shape))
-        stamps = (self._clock + 1 + order.flip(-1) if order.numel() else order).expand_as(indices)
-        owner = torch.arange(self.dictionaries, device=self.device)[:, None, None] if which is None else which.to(self.device)[:, None]
-        rows = owner * self.capacity + indices.clamp_min(0)
-        self._rings.stamps.scatter_reduce_(0, rows.reshape(-1), torch.where(indices < 0, 0, stamps).reshape(-1), "amax")
-        self._clock += n
-
-    def _fetch_oldest(self, dictionaries: Tensor) -> None:
-        """Tell the table which entries a batch of writes would replace, where the device knows the order of use."""
-        if self._rings.stamps is None:
-            return
-        new = torch.bincount(dictionaries, minlength=self.dictionaries).tolist()
-        for a, n in enumerate(new):
-            size = self._table.size(a)
-            if n and size + n > self.capacity:
-                stamps = self._rings.stamps[a * self.capacity : a * self.capacity + size]
-                self._table.oldest(a, stamps.topk(min(n, size), largest=False).indices.cpu().numpy())
-
     # Writing ----------------------------------------------------------------------------------------------------------
 
     def write(
@@ -356,95 +322,6 @@ class DND(Lookup, State):
             if told and n:
                 self._tell(keys, hashes, torch.full((n,), a) if which is None else which, placed, pending)
 
-    def _entries(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Checked keys [n, D] and values [n, V] of the store's dtype."""
-        op = "DND.write"
-        if isinstance(values, (int, float)) and not isinstance(values, bool):
-            values = torch.tensor([float(values)], dtype=self.dtype)
-        for name, t in (("keys", keys), ("values", values)):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"memcore.{op}: {name!r} must be a tensor, got {type(t).__name__}")
-            if not t.is_floating_point():
-                raise TypeError(f"memcore.{op}: {name!r} must be floating, got {t.dtype}")
-        D, V = self.key_width, self.value_width
-        rows = keys[None] if keys.dim() == 1 else keys
-        if rows.dim() != 2 or rows.shape[1] != D:
-            raise ValueError(f"memcore.{op}: 'keys' must have shape (n, D) or (D) with D = {D}, got {tuple(keys.shape)}")
-        n = rows.shape[0]
-        if values.shape not in ((n, V), *(((n,),) if V == 1 else ()), *(((V,), ()) if n == 1 and (V == 1 or values.dim() == 1) else ())):
-            raise ValueError(f"memcore.{op}: 'values' must have shape (n, V) = ({n}, {V}) to match 'keys' {tuple(keys.shape)}, got {tuple(values.shape)}")
-        place = {"device": self.device, "dtype": self.dtype}
-        return rows.detach().to(**place).contiguous(), values.detach().to(**place).reshape(n, V).contiguous()
-
-    def _which(self, op: str, dictionary: int | Tensor, n: int) -> Tensor:
-        """[n] dictionaries, on the host."""
-        A = self.dictionaries
-        if isinstance(dictionary, Tensor):
-            if dictionary.dtype != torch.int64:
-                raise TypeError(f"memcore.DND.{op}: 'dictionary' must be an int or an int64 tensor, got {dictionary.dtype}")
-            if dictionary.shape not in ((), (n,)):
-                raise ValueError(f"memcore.DND.{op}: 'dictionary' must have shape ({n},), got {tuple(dictionary.shape)}")
-            which = dictionary.detach().cpu().expand(n).contiguous()
-        else:
-            _checks.whole(f"DND.{op}", "dictionary", dictionary, 0)
-            if dictionary >= A:
-                raise ValueError(f"memcore.DND.{op}: 'dictionary' must be less than {A}, got {dictionary}")
-            which = torch.full((n,), dictionary)
-        if n and not 0 <= int(which.min()) <= int(which.max()) < A:
-            raise ValueError(f"memcore.DND.{op}: 'dictionary' must be 0..{A - 1}, got {which.min()}..{which.max()}")
-        return which
-
-    @torch.no_grad()
-    def _write_rows(self, keys: Tensor, values: Tensor, hashes: Tensor | None, which: Tensor) -> Tensor:
-        """What the compiled table does itself, in tensors: [n, 2] slots and kinds."""
-        r, n = self._rings, keys.shape[0]
-        hashes = _table.hash_rows(keys) if hashes is None else hashes
-        good = (keys.isfinite().all(1) & values.isfinite().all(1)).cpu().nonzero().squeeze(1)
-        placed = torch.tensor([[-1, _table.REJECTED]]).repeat(n, 1)
-        self._fetch_oldest(which[good])
-        slots, kinds = self._table.put(which[good].numpy(), hashes[good].numpy())
-        placed[good, 0], placed[good, 1] = torch.from_numpy(slots), torch.from_numpy(kinds).long()
-        rows = which[good] * self.capacity + placed[good, 0]
-        seen: Counter[int] = Counter()
-        rounds: list[list[int]] = []  # entries that meet in one row go in different rounds
-        for i, row in enumerate(rows.tolist()):
-            if seen[row] == len(rounds):
-                rounds.append([])
-            rounds[seen[row]].append(i)
-            seen[row] += 1
-        with r.changing():
-            for now in rounds:
-                at, entry = rows[now].to(self.device), good[now].to(self.device)
-                fresh = (placed[good[now], 1] != _table.UPDATED).to(self.device)
-                old, new = r.flat_values[at].double(), values[entry].double()
-                mixed = torch.where(fresh[:, None], new, (1 - self.alpha) * old + self.alpha * new)
-                r.flat_values[at] = mixed.to(self.dtype)
-                r.set_keys(at, keys[entry])
-                r.clear_state(at[fresh])
-            if r.stamps is not None:
-                order = torch.arange(1, len(rows) + 1, device=self.device)
-                r.stamps.scatter_reduce_(0, rows.to(self.device), self._clock + order, "amax")
-                self._clock += len(rows)
-            for a in which.unique().tolist():
-                r.set_count(a, self._table.size(a))
-        for kind, count in zip(_WRITTEN, torch.bincount(placed[:, 1], minlength=4).tolist(), strict=True):
-            self._counts[kind] += count
-        return placed
-
-    def _tell(self, keys: Tensor, hashes: Tensor | None, which: Tensor, placed: Tensor, pending: bool) -> None:
-        """Those who need to know of written rows: gradients that wait, the searcher, the log."""
-        stored = placed[:, 0] >= 0
-        rows = which[stored] * self.capacity + placed[stored, 0]
-        if pending:
-            gone = rows[placed[stored, 1] != _table.UPDATED]
-            drop_rows(self.keys, gone)
-            drop_rows(self.values, gone)
-        if self.searcher is not None:
-            self.searcher.changed(rows)
-        if self._log is not None:
-            identity = _table.hash_rows(keys) if hashes is None else hashes
-            self._log.put(rows, identity[stored])
-
     def delete(self, hashes: Tensor | Sequence[int] | int, *, dictionary: int | None = None) -> int:
         """Remove entries; the last slot's entry moves into each slot freed. Returns how many were there.
 
@@ -462,26 +339,6 @@ class DND(Lookup, State):
                 found += self._delete(a, hash)
             self._counts["deleted"] += found
         return found
-
-    @torch.no_grad()
-    def _delete(self, a: int, hash: int) -> bool:
-        r = self._rings
-        with r.changing():
-            slot, moved = self._table.remove(a, hash)
-            if slot < 0:
-                return False
-            to, source = a * self.capacity + slot, a * self.capacity + moved
-            if moved != slot:
-                r.move(source, to)
-            r.set_count(a, self._table.size(a))
-        rows = torch.tensor([to, source])
-        drop_rows(self.keys, rows)
-        drop_rows(self.values, rows)
-        if self.searcher is not None:
-            self.searcher.changed(rows)
-        if self._log is not None:
-            self._log.delete(a, hash)
-        return True
 
     def clear(self, dictionary: int | None = None) -> None:
         """Remove every entry, or every one of a dictionary."""
@@ -566,7 +423,7 @@ class DND(Lookup, State):
         tensors = (self.keys, self.values, r.norms, r.mirror, r.rounding, r.stamps, r.steps, *r.state_tensors().values())
         counts = dict(self._counts)
         if self._direct:
-            counts |= zip(_WRITTEN, self._table.written(), strict=True)
+            counts |= zip(WRITTEN, self._table.written(), strict=True)
         return Stats(tuple(self.counts), sum(t.nbytes for t in tensors if t is not None), **counts, rows_refused=int(self._refused))
 
     def __repr__(self) -> str:
