@@ -71,6 +71,9 @@ std::string set_cpu_isa(const std::string& name) {
 
 bool set_allocate_by_aten(bool wanted) { return allocate_by_aten.exchange(wanted); }
 
+// Of a dense tensor that nobody has written yet.
+void ask_huge_pages_of(Tensor t) { ask_huge_pages(t.mutable_data_ptr(), t.numel() * (int64_t)t.element_size()); }
+
 }  // namespace
 }  // namespace memcore
 
@@ -79,7 +82,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
   m.def("_cpu_isas() -> str");
   m.def("_set_cpu_isa(str name) -> str");
   m.def("_set_allocate_by_aten(bool wanted) -> bool");
+  m.def("_ask_huge_pages(Tensor t) -> ()");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) { m.impl("_ask_huge_pages", TORCH_BOX(&memcore::ask_huge_pages_of)); }
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&memcore::cpu_isa));
