@@ -25,7 +25,7 @@ from memcore import _backend  # noqa: E402
 from memcore.kernels import _triton  # noqa: E402
 
 # The interpreter is NumPy behind Python loops: small blocks are slow, so only the small samples turn every loop.
-SMALL = {"tile": 64, "whole": 32, "kept": 256, "row": 16, "heads": 32}
+SMALL = {"tile": 64, "whole": 32, "kept": 256, "row": 16, "heads": 32, "search": 32, "slack": 2}
 SMALL_ELEMENTS = 600
 NARROW = (torch.bfloat16, torch.float16)
 
