@@ -9,10 +9,10 @@ from torch import Tensor
 from .._triton import launch, power
 from ..knn_search.triton import gradients, search, shapes, weigh
 
-__all__ = ["knn_lookup_bwd", "knn_lookup_fwd"]
+__all__ = ["knn_lookup_bwd", "knn_lookup_fwd", "knn_lookup_rows"]
 
 
-@triton.jit(do_not_specialize=["Q", "N", "K", "delta_bits"])
+@triton.jit(do_not_specialize=["Q", "N", "K", "V", "delta_bits"])
 def knn_lookup_fwd_kernel(
     p_near, p_indices, p_values, p_weights, p_output, Q, N, K, V, delta_bits, KERNEL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
 ):
@@ -46,10 +46,10 @@ def knn_lookup_fwd(
     A, Q, N, _, _, lead = shapes(query, keys)
     V = values.shape[-1]
     output, weights = query.new_empty(*lead, V), query.new_empty(*lead, k)
-    BK = max(16, power(k))
+    BK = max(64, power(k))
     BV = max(1, min(16, 4096 // BK))
     args = near, indices, values, weights, output, Q, N, k, V, bits(delta)
-    launch(knn_lookup_fwd_kernel, A * Q, *args, num_warps=4, KERNEL=kernel, BK=BK, BV=BV)
+    launch(knn_lookup_fwd_kernel, A * Q, *args, num_warps=4, all_registers=True, KERNEL=kernel, BK=BK, BV=BV)
     return output, weights, indices, distances, kept
 
 
@@ -59,4 +59,14 @@ def knn_lookup_bwd(
     k: int, metric: int, kernel: int, delta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """memcore::knn_lookup_bwd."""
-    return gradients(grad_output, grad_weights, grad_distances, indices, query, keys, values, metric, kernel, bits(delta))
+    return gradients(grad_output, grad_weights, grad_distances, indices, query, keys, values, metric, kernel, bits(delta))[:3]
+
+
+def knn_lookup_rows(
+    grad_output: Tensor | None, grad_weights: Tensor | None, grad_distances: Tensor | None, indices: Tensor, query: Tensor, keys: Tensor,
+    values: Tensor, metric: int, kernel: int, delta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """memcore::knn_lookup_rows."""
+    args = grad_output, grad_weights, grad_distances, indices, query, keys, values, metric, kernel, bits(delta)
+    dquery, dkeys, dvalues, rows = gradients(*args, sparse=True)
+    return dquery, rows, dkeys, dvalues

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._triton import EPS, launch, power, sizes, wide, workspace
 
-__all__ = ["exact", "gradients", "knn_search_bwd", "knn_search_fwd", "norm_of", "search", "weigh"]
+__all__ = ["gradients", "knn_search_bwd", "knn_search_fwd", "knn_search_rows", "search", "shapes", "weigh"]
 
 L2, COSINE = tl.constexpr(0), tl.constexpr(1)
 INVERSE_DISTANCE, SOFTMAX = tl.constexpr(0), tl.constexpr(1)
@@ -277,7 +277,7 @@ def knn_search_fwd_kernel_scan(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["Q", "N", "K", "shards", "keep", "capacity", "stride", "direct"])
+@triton.jit(do_not_specialize=["Q", "N", "D", "K", "shards", "keep", "capacity", "stride", "direct"])
 def knn_search_fwd_kernel_finish(
     p_query, p_keys, p_count, p_found, p_lists, p_distances, p_indices, p_kept, p_near, Q, N, D, K, shards, keep, capacity, stride, direct,
     METRIC: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
@@ -378,20 +378,18 @@ def delta_of(bits):
     return wide(bits).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["A", "Q", "N", "K", "stride", "delta_bits"])
+@triton.jit(do_not_specialize=["span", "Q", "N", "K", "D", "V", "stride", "delta_bits"])
 def knn_search_bwd_kernel_slopes(
     p_grad_output, p_grad_weights, p_grad_distances, p_indices, p_query, p_keys, p_values, p_to_query, p_to_key, p_weight, p_dquery,
-    A, Q, N, K, D, V, stride, delta_bits,
+    span, Q, N, K, D, V, stride, delta_bits,
     METRIC: tl.constexpr, KERNEL: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dq of one query, and of its neighbours what their rows' gradients are made of: dkey = to_query * query - to_key * key (l2:
-    to_query * (query - key)), dvalue = weight * grad_output. A query shared by the dictionaries (stride 0) sums over them in order.
+    to_query * (query - key)), dvalue = weight * grad_output. A query of `span` dictionaries sums over them in order.
     """
     i = tl.program_id(0).to(tl.int64)
     q, first = i % Q, i // Q
-    last = first + 1
-    if stride == 0:
-        last = first + A
+    last = first + span
     p_query += first * stride + q * D
     own2, _bad = squared_length(p_query, D, BD)
     length, _square, single, small = norm_of(own2)
@@ -436,7 +434,9 @@ def knn_search_bwd_kernel_slopes(
             cosine = 1 - tl.where(moves, d, 0.0).to(tl.float64)
             to_query = tl.where(moves, -slope / length / length_k, 0.0)
             to_key = tl.where(moves & (small_k == 0), -slope * cosine / length_k / length_k, 0.0)
-            own += tl.where(small, 0.0, tl.sum(slope * cosine, 0) / length / length)
+            part = tl.sum(slope * cosine, 0)
+            if (part != 0) & (small == 0):
+                own += part / length / length
         else:
             to_query = -slope
         tl.store(p_to_query + item * K + k, to_query.to(tl.float32), mask=k < K)
@@ -459,12 +459,15 @@ def knn_search_bwd_kernel_slopes(
         tl.store(p_dquery + (first * Q + q) * D + d, dq.to(p_dquery.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["Q", "N", "K", "stride"])
+@triton.jit(do_not_specialize=["programs", "Q", "N", "K", "D", "V", "stride", "stacked"])
 def knn_search_bwd_kernel_scatter(
-    p_sorted, p_places, p_query, p_keys, p_grad_output, p_to_query, p_to_key, p_weight, p_dkeys, p_dvalues,
-    Q, N, K, D, V, stride, METRIC: tl.constexpr, BD: tl.constexpr,
+    p_sorted, p_places, p_query, p_keys, p_grad_output, p_to_query, p_to_key, p_weight, p_dkeys, p_dvalues, p_rows,
+    programs, Q, N, K, D, V, stride, stacked, METRIC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What all neighbours at one row say of it, in the order of the queries, by the program of the first of them."""
+    """What all neighbours at one row say of it, in the order of the queries, by the program of the first of them.
+
+    With p_rows [2 (stacked) or 1, programs] gradients have a row for each neighbour: p_rows says of which key, all but the first of a key hold zeros.
+    """
     i = tl.program_id(0).to(tl.int64)
     pairs = wide(Q) * K
     i_b, begin = i // pairs, i % pairs
@@ -472,12 +475,22 @@ def knn_search_bwd_kernel_scatter(
     p_places += i_b * pairs
     row = tl.load(p_sorted + begin)
     before = tl.load(p_sorted + begin - 1, mask=begin > 0, other=-1)
-    if (row >= 0) & (row != before):
+    first = (row >= 0) & (row != before)
+    start = tl.where(first, row, -2)
+    writes, to = first, i_b * N + row
+    if p_rows is not None:
+        writes, to = first | True, i
+        if row < 0:
+            row = tl.maximum(tl.load(p_sorted + pairs - 1), 0)  # one that is there anyway
+        tl.store(p_rows + wide(stacked) * programs + i, row)
+        if stacked != 0:
+            tl.store(p_rows + i, i_b)
+    if writes:
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             key = tl.load(p_keys + (i_b * N + row) * D + d, mask=d < D, other=0).to(tl.float32)
             total = tl.zeros([BD], tl.float32)
-            at, same = begin, row
+            at, same = begin, start
             while same == row:
                 place = tl.load(p_places + at)
                 x, y = tl.load(p_to_query + i_b * pairs + place), tl.load(p_to_key + i_b * pairs + place)
@@ -489,12 +502,12 @@ def knn_search_bwd_kernel_scatter(
                         total += x * q - y * key
                 at += 1
                 same = tl.load(p_sorted + at, mask=at < pairs, other=-1)
-            tl.store(p_dkeys + (i_b * N + row) * D + d, total.to(p_dkeys.dtype.element_ty), mask=d < D)
+            tl.store(p_dkeys + to * D + d, total.to(p_dkeys.dtype.element_ty), mask=d < D)
         if p_dvalues is not None:
             for v0 in range(0, V, BD):
                 v = v0 + tl.arange(0, BD)
                 total = tl.zeros([BD], tl.float32)
-                at, same = begin, row
+                at, same = begin, start
                 while same == row:
                     place = tl.load(p_places + at)
                     w = tl.load(p_weight + i_b * pairs + place)
@@ -502,7 +515,7 @@ def knn_search_bwd_kernel_scatter(
                         total += w * tl.load(p_grad_output + (i_b * Q + place // K) * V + v, mask=v < V, other=0).to(tl.float32)
                     at += 1
                     same = tl.load(p_sorted + at, mask=at < pairs, other=-1)
-                tl.store(p_dvalues + (i_b * N + row) * V + v, total.to(p_dvalues.dtype.element_ty), mask=v < V)
+                tl.store(p_dvalues + to * V + v, total.to(p_dvalues.dtype.element_ty), mask=v < V)
 
 
 # Host -----------------------------------------------------------------------------------------------------------------
@@ -539,39 +552,45 @@ def search(query: Tensor, keys: Tensor, count: Tensor | None, K: int, metric: in
         lists = query.new_empty(A, Q, shards, 2, capacity, dtype=torch.int64)
         found = query.new_empty(A, Q, keep, shards, dtype=torch.int64)
         args = query, keys, count, lists, found, Q, N, D, tiles, shards, keep, capacity, stride
-        launch(
-            knn_search_fwd_kernel_scan, A * tiles * shards, *args, num_warps=4, METRIC=metric, BQ=BQ, BN=BN, BD=CHUNK, BX=BX, BY=BY,
-        )  # fmt: skip
+        blocks = {"BQ": BQ, "BN": BN, "BD": CHUNK, "BX": BX, "BY": BY}
+        launch(knn_search_fwd_kernel_scan, A * tiles * shards, *args, num_warps=4, all_registers=True, METRIC=metric, **blocks)
     capacity = power(keep + max(BL, BR))
     lists = query.new_empty(A, Q, 2, capacity, dtype=torch.int64)
     args = query, keys, count, found, lists, distances, indices, kept, near, Q, N, D, K, shards, keep, capacity, stride, int(direct)
-    launch(knn_search_fwd_kernel_finish, A * Q, *args, num_warps=4, METRIC=metric, BL=BL, BR=BR, BD=CHUNK, BX=BX, BY=BY)
+    blocks = {"BL": BL, "BR": BR, "BD": CHUNK, "BX": BX, "BY": BY}
+    launch(knn_search_fwd_kernel_finish, A * Q, *args, num_warps=4, all_registers=True, METRIC=metric, **blocks)
     return distances, indices, kept, near
 
 
 def gradients(
     grad_output: Tensor | None, grad_weights: Tensor | None, grad_distances: Tensor | None, indices: Tensor, query: Tensor, keys: Tensor,
-    values: Tensor | None, metric: int, kernel: int, delta_bits: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Of query, keys and values; `kernel` is ALONE without values."""
+    values: Tensor | None, metric: int, kernel: int, delta_bits: int, sparse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dquery, dkeys, dvalues (empty without values, when `kernel` is ALONE), and with `sparse` whose rows the latter two hold, else nothing.
+
+    Sparse ones have as many rows as there are neighbours, some of them repeated with zeros, so that no size depends on what was found.
+    """
     tensors = grad_output, grad_weights, grad_distances, indices, query, keys, values
     grad_output, grad_weights, grad_distances, indices, query, keys, values = (t if t is None else t.contiguous() for t in tensors)
     A, Q, N, D, stride, _ = shapes(query, keys)
     K, V = indices.shape[-1], 0 if values is None else values.shape[-1]
-    dquery, dkeys = torch.empty_like(query), torch.zeros_like(keys)
-    dvalues = None if values is None else torch.zeros_like(values)
+    programs = A * Q * K if N or not sparse else 0
+    rows = indices.new_empty(keys.dim() - 1, programs if sparse else 0)
+    dquery = torch.empty_like(query)
+    dkeys = keys.new_empty(programs, D) if sparse else torch.zeros_like(keys)
+    dvalues = keys.new_empty(0) if values is None else values.new_zeros(programs, V) if sparse else torch.zeros_like(values)
     order, places = indices.view(A, Q * K).sort(dim=-1, stable=True)
     to_query, to_key, weight = (workspace(query, A, Q, K) for _ in range(3))
-    BK = max(16, power(K))
-    BD = max(2, min(CHUNK, 2048 // BK))
-    args = grad_output, grad_weights, grad_distances, indices, query, keys, values, to_query, to_key, weight, dquery, A, Q, N, K, D, V, stride, delta_bits
-    launch(
-        knn_search_bwd_kernel_slopes, (A if stride else min(A, 1)) * Q if query.dim() == 3 or keys.dim() == 2 else Q, *args,
-        num_warps=8 if BK > 256 else 4, METRIC=metric, KERNEL=kernel, BK=BK, BD=BD,
-    )  # fmt: skip
-    args = order, places, query, keys, grad_output, to_query, to_key, weight, dkeys, None if grad_output is None else dvalues, Q, N, K, D, V, stride
-    launch(knn_search_bwd_kernel_scatter, A * Q * K, *args, num_warps=1, METRIC=metric, BD=32)
-    return dquery, dkeys, dvalues
+    BK = max(64, power(K))
+    shared = query.dim() < keys.dim()  # one query of all dictionaries is one program's
+    args = grad_output, grad_weights, grad_distances, indices, query, keys, values, to_query, to_key, weight, dquery
+    args += A if shared else 1, Q, N, K, D, V, stride, delta_bits
+    blocks = {"METRIC": metric, "KERNEL": kernel, "BK": BK, "BD": max(2, min(CHUNK, 2048 // BK))}
+    launch(knn_search_bwd_kernel_slopes, Q if shared else A * Q, *args, num_warps=8 if BK > 256 else 4, all_registers=True, **blocks)
+    args = order, places, query, keys, grad_output, to_query, to_key, weight, dkeys, None if values is None or grad_output is None else dvalues
+    args += rows if sparse else None, programs, Q, N, K, D, V, stride, int(keys.dim() == 3)
+    launch(knn_search_bwd_kernel_scatter, programs, *args, num_warps=1, METRIC=metric, BD=32)
+    return dquery, dkeys, dvalues, rows
 
 
 def knn_search_fwd(
@@ -588,3 +607,9 @@ def knn_search_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """memcore::knn_search_bwd."""
     return gradients(None, None, grad, indices, query, keys, None, metric, ALONE.value, 0)[:2]
+
+
+def knn_search_rows(grad: Tensor | None, indices: Tensor, query: Tensor, keys: Tensor, metric: int) -> tuple[Tensor, Tensor, Tensor]:
+    """memcore::knn_search_rows."""
+    dquery, dkeys, _, rows = gradients(None, None, grad, indices, query, keys, None, metric, ALONE.value, 0, sparse=True)
+    return dquery, rows, dkeys

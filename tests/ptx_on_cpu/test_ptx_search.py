@@ -27,3 +27,112 @@ __all__ = [
 def backend():
     with emulated(Emulator("triton", 80, orders=("lockstep",), races=False)):
         yield "triton"
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Few candidates beyond K and short tiles: every loop turns, lists are cut again and again, shards are many."""
+    for name, size in (("search", 32), ("slack", 2), ("row", 16)):
+        monkeypatch.setattr(_triton.sizes, name, size)
+
+
+# Q, N, D, k, metric, kind, type: several shards; many ties; cancellation; keys that come nearer and nearer; all of few rows.
+SEARCHES = [
+    (9, 300, 8, 5, "l2", "normal", torch.float32),
+    (3, 200, 17, 20, "l2", "coarse", torch.float32),
+    (5, 150, 3, 7, "ip", "far", torch.float32),
+    (3, 260, 8, 12, "ip", "sorted", torch.bfloat16),
+    (5, 180, 8, 3, "l2", "clusters", torch.float16),
+]
+
+
+@pytest.mark.parametrize("Q, N, D, k, metric, kind, dtype", SEARCHES)
+def test_against_brute_force(Q, N, D, k, metric, kind, dtype, small_blocks):
+    query, keys = drawn(Q, N, D, 7, kind, dtype)
+    wanted, at = brute_force(query, keys, k, metric)
+    emulator = Emulator("triton", 80)
+    with emulated(emulator):
+        d, i = knn_search(query, keys, k, metric=metric)
+    assert emulator.records[0].kernel == "knn_search_fwd_kernel_scan" and emulator.records[0].grid[0] > (Q + 7) // 8  # shards
+    assert torch.equal(i, at) and torch.equal(d, wanted.to(dtype))
+
+
+def finished(query, keys, k, metric):
+    """Distances, indices, and how many times over the keys were read by the launch that finishes the search."""
+    emulator = Emulator("triton", 80, orders=("lockstep",), races=False, count=True)
+    with emulated(emulator):
+        d, i = knn_search(query, keys, k, metric=metric)
+    return d, i, emulator.records[-1].report.traffic["keys"].load_bytes / (keys.numel() * keys.element_size())
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+def test_what_cannot_be_certified_is_compared_with_every_row(metric, small_blocks):
+    """Copies of one key, more than are kept; else the rows of the candidates alone are read again."""
+    query, keys = drawn(2, 120, 8, 3, "normal", torch.float32)
+    *_, once = finished(query, keys, 3, metric)
+    assert once <= 2 * (2 if metric == "cosine" else 1) * 5 / 120 + 1e-6
+    keys[20:] = keys[:1]
+    d, i, every = finished(keys[:2].clone(), keys, 9, metric)
+    wanted = brute_force(keys[:2], keys, 9, metric)
+    assert every > 0.9
+    if metric == "ip":
+        assert torch.equal(i, wanted[1])
+    else:
+        assert d[0].eq(0).all() and i[0].tolist() == [0, *range(20, 28)]
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_row_finds_itself_at_distance_zero(backend, metric):
+    """Far from the origin, where float32 products would be off by 0.1."""
+    keys = 1000 + torch.randn(200, 20)
+    query = keys[:3].clone().requires_grad_()
+    d, i = knn_search(query, keys, 2, metric=metric)
+    assert i[:, 0].tolist() == [0, 1, 2] and (d[:, 0] == 0).all()
+    (grad,) = torch.autograd.grad(d[:, 0].sum(), query)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+def test_no_gradient_of_a_query_that_is_no_number(backend, metric):
+    query, keys = torch.tensor([[float("nan"), 1.0], [1.0, 2.0]], requires_grad=True), torch.randn(40, 2, requires_grad=True)
+    d, _ = knn_search(query, keys, 3, metric=metric)
+    grads = torch.autograd.grad(d.nan_to_num(0).sum(), [query, keys])
+    assert (grads[0][0] == 0).all() and all(g.isfinite().all() and g.any() for g in grads)
+
+
+def test_stacked_dictionaries_of_no_width(backend):
+    query, keys = torch.zeros(2, 3, 0, requires_grad=True), torch.zeros(2, 4, 0, requires_grad=True)
+    d, i = knn_search(query, keys, 2)
+    assert d.tolist() == [[[0.0, 0.0]] * 3] * 2 and i.tolist() == [[[0, 1]] * 3] * 2
+    d.sum().backward()
+
+
+def test_as_many_neighbours_as_there_may_be(backend):
+    keys = torch.arange(1400.0)[:, None].requires_grad_()
+    d, i = knn_search(torch.zeros(1, 1), keys, 1024)
+    assert i.tolist() == [list(range(1024))] and d[0, -1] == 1023.0**2
+    d.sum().backward()
+    assert torch.equal(keys.grad[:, 0], torch.where(torch.arange(1400) < 1024, 2 * torch.arange(1400.0), 0))
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_gradients_of_the_rows_that_are_used(backend, shape):
+    """As many as there are neighbours, whatever was found; together they are the dense ones. Padding and repeated rows add nothing."""
+    query, keys, values = torch.randn(*shape, 7, 4), torch.randn(*shape, 50, 4), torch.randn(*shape, 50, 3)
+    found = knn_lookup(query, keys, values, 6, count=torch.tensor([50, 4] if shape else [4]))
+    grads = [torch.randn(t.shape) for t in (found.output, found.weights, found.distances)]
+    none, emulator = [None] * 4, Emulator("triton", 80)
+    dense = emulator.triton("knn_lookup", "bwd", (*grads[:2], None, grads[2], found.indices, query, keys, values, *none, 6, 0, 0, 0.1))
+    dquery, rows, *sparse = emulator.triton("knn_lookup", "rows", (*grads, found.indices, query, keys, values, 0, 0, 0.1))
+    assert torch.equal(dquery, dense[0]) and rows.shape == (len(shape) + 1, found.indices.numel())
+    for made, like, wanted in zip(sparse, (keys, values), dense[1:]):
+        whole = torch.sparse_coo_tensor(rows, made, like.shape, check_invariants=True).coalesce()
+        assert torch.equal(whole.to_dense(), wanted)
+        blocks = found.indices if shape else found.indices[None]
+        used = {(*([a] if shape else []), n) for a, block in enumerate(blocks) for n in block.flatten().tolist() if n >= 0}
+        assert {tuple(r) for r in whole.indices().T.tolist()} == used
+    of_search = emulator.triton("knn_search", "rows", (grads[2], found.indices, query, keys, 1))
+    wanted = emulator.triton("knn_search", "bwd", (grads[2], None, found.indices, query, keys, *none, 6, 1))
+    assert torch.equal(torch.sparse_coo_tensor(of_search[1], of_search[2], keys.shape, check_invariants=True).to_dense(), wanted[1])
+    nothing = emulator.triton("knn_search", "rows", (grads[2], torch.full_like(found.indices, -1), query, keys[..., :0, :], 0))
+    assert nothing[1].shape == (len(shape) + 1, 0) and nothing[2].shape == (0, 4) and not nothing[0].any()
