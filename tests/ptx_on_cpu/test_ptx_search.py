@@ -10,17 +10,22 @@ if missing("triton"):
 
 from memcore.functional import knn_lookup, knn_search
 from memcore.kernels import _triton
-from test_knn_lookup import test_all_dictionaries_in_one_call, test_any_width_of_the_kernel, test_edges, test_values as test_values_of_the_read
+import test_knn_lookup
+import test_knn_search
+from test_knn_lookup import test_values as test_values_of_the_read
 from test_knn_search import (
-    brute_force, drawn, test_a_query_that_is_no_number, test_cosine_of_zero_and_of_next_to_nothing, test_count, test_distances_that_overflow,
-    test_keys_that_are_no_numbers_come_last, test_lowest_index_wins_a_tie, test_padding_and_nothing_at_all, test_values,
+    brute_force, drawn, test_cosine_of_zero_and_of_next_to_nothing, test_count, test_distances_that_overflow, test_keys_that_are_no_numbers_come_last,
+    test_lowest_index_wins_a_tie, test_padding_and_nothing_at_all, test_values,
 )  # fmt: skip
 
 __all__ = [
-    "test_a_query_that_is_no_number", "test_all_dictionaries_in_one_call", "test_any_width_of_the_kernel", "test_cosine_of_zero_and_of_next_to_nothing",
-    "test_count", "test_distances_that_overflow", "test_edges", "test_keys_that_are_no_numbers_come_last", "test_lowest_index_wins_a_tie",
-    "test_padding_and_nothing_at_all", "test_values", "test_values_of_the_read",
+    "test_cosine_of_zero_and_of_next_to_nothing", "test_count", "test_distances_that_overflow", "test_keys_that_are_no_numbers_come_last",
+    "test_lowest_index_wins_a_tie", "test_padding_and_nothing_at_all", "test_values", "test_values_of_the_read",
 ]  # fmt: skip
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -36,13 +41,33 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(_triton.sizes, name, size)
 
 
+@pytest.mark.parametrize("metric", ["l2", slow("cosine"), slow("ip")])
+def test_a_query_that_is_no_number(backend, metric):
+    test_knn_search.test_a_query_that_is_no_number(backend, metric)
+
+
+@pytest.mark.parametrize("kernel", ["inverse_distance", slow("softmax"), slow("uniform")])
+def test_edges(backend, kernel):
+    test_knn_lookup.test_edges(backend, kernel)
+
+
+@pytest.mark.parametrize("kernel, delta", [("inverse_distance", 1e-300), slow("softmax", 1e-300), ("inverse_distance", 1e30), slow("softmax", 1e30)])
+def test_any_width_of_the_kernel(backend, kernel, delta):
+    test_knn_lookup.test_any_width_of_the_kernel(backend, kernel, delta)
+
+
+@pytest.mark.slow
+def test_all_dictionaries_in_one_call(backend):
+    test_knn_lookup.test_all_dictionaries_in_one_call(backend)
+
+
 # Q, N, D, k, metric, kind, type: several shards; many ties; cancellation; keys that come nearer and nearer; all of few rows.
 SEARCHES = [
     (9, 300, 8, 5, "l2", "normal", torch.float32),
-    (3, 200, 17, 20, "l2", "coarse", torch.float32),
-    (5, 150, 3, 7, "ip", "far", torch.float32),
-    (3, 260, 8, 12, "ip", "sorted", torch.bfloat16),
-    (5, 180, 8, 3, "l2", "clusters", torch.float16),
+    slow(3, 200, 17, 20, "l2", "coarse", torch.float32),
+    slow(5, 150, 3, 7, "ip", "far", torch.float32),
+    slow(3, 260, 8, 12, "ip", "sorted", torch.bfloat16),
+    slow(5, 180, 8, 3, "l2", "clusters", torch.float16),
 ]
 
 
@@ -65,7 +90,7 @@ def finished(query, keys, k, metric):
     return d, i, emulator.records[-1].report.traffic["keys"].load_bytes / (keys.numel() * keys.element_size())
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("metric", ["l2", slow("cosine"), slow("ip")])
 def test_what_cannot_be_certified_is_compared_with_every_row(metric, small_blocks):
     """Copies of one key, more than are kept; else the rows of the candidates alone are read again."""
     query, keys = drawn(2, 120, 8, 3, "normal", torch.float32)
@@ -81,7 +106,7 @@ def test_what_cannot_be_certified_is_compared_with_every_row(metric, small_block
         assert d[0].eq(0).all() and i[0].tolist() == [0, *range(20, 28)]
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("metric", ["l2", slow("cosine")])
 def test_a_row_finds_itself_at_distance_zero(backend, metric):
     """Far from the origin, where float32 products would be off by 0.1."""
     keys = 1000 + torch.randn(200, 20)
@@ -92,7 +117,7 @@ def test_a_row_finds_itself_at_distance_zero(backend, metric):
     assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("metric", [slow("l2"), "cosine", slow("ip")])
 def test_no_gradient_of_a_query_that_is_no_number(backend, metric):
     query, keys = torch.tensor([[float("nan"), 1.0], [1.0, 2.0]], requires_grad=True), torch.randn(40, 2, requires_grad=True)
     d, _ = knn_search(query, keys, 3, metric=metric)
@@ -115,7 +140,7 @@ def test_as_many_neighbours_as_there_may_be(backend):
     assert torch.equal(keys.grad[:, 0], torch.where(torch.arange(1400) < 1024, 2 * torch.arange(1400.0), 0))
 
 
-@pytest.mark.parametrize("shape", [(), (2,)])
+@pytest.mark.parametrize("shape", [slow(()), (2,)])
 def test_gradients_of_the_rows_that_are_used(backend, shape):
     """As many as there are neighbours, whatever was found; together they are the dense ones. Padding and repeated rows add nothing."""
     query, keys, values = torch.randn(*shape, 7, 4), torch.randn(*shape, 50, 4), torch.randn(*shape, 50, 3)
