@@ -106,6 +106,18 @@ def test_what_cannot_be_certified_is_compared_with_every_row(metric, small_block
         assert d[0].eq(0).all() and i[0].tolist() == [0, *range(20, 28)]
 
 
+@pytest.mark.parametrize("metric", ["cosine", slow("ip")])
+def test_queries_of_any_length(metric, small_blocks):
+    """Whose squares, or whose inverse lengths, float32 does not hold: the scan's candidates are certain all the same."""
+    query, keys = drawn(4, 120, 8, 5, "normal", torch.float32)
+    query *= torch.tensor([1e30, 1e-30, 1e-20, 3e37])[:, None]
+    d, i, read = finished(query, keys, 5, metric)
+    wanted = knn_search(query, keys, 5, metric=metric)
+    usual = [0, 3] if metric == "cosine" else [0, 1, 2, 3]  # others are shorter than eps: of like similarity to all
+    assert torch.equal(i[usual], wanted[1][usual]) and torch.allclose(d, wanted[0], rtol=1e-6, atol=0)
+    assert read < (5 if metric == "cosine" else 1)  # under cosine twice by each query that fails
+
+
 @pytest.mark.parametrize("metric", ["l2", slow("cosine")])
 def test_a_row_finds_itself_at_distance_zero(backend, metric):
     """Far from the origin, where float32 products would be off by 0.1."""
