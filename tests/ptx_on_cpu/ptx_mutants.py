@@ -59,10 +59,16 @@ EXCEPT: dict[tuple[str, str, str], str] = {
     ("ntm_step", "shuffle", "triton.py:223"): _NO_READS,
     ("content_addressing", "warp", "triton.py:206"): _ONE_ROUND,
     # address and address_bwd: strength, similarities, gate, gamma; erased: erase vectors; ntm_step's similarities.
-    **{("ntm_step", "mask", f"_triton.py<_triton.py:{n}"): _OWN_SCRATCH for n in (359, 360, 362, 369, 407, 408, 410, 412, 472, 549)},
+    **{("ntm_step", "mask", f"_triton.py<_triton.py:{n}"): _OWN_SCRATCH for n in (364, 365, 367, 374, 412, 413, 415, 417, 477, 554)},
     ("ntm_step", "mask", "_triton.py<triton.py:351"): _OWN_SCRATCH,
 }
 """(operator, kind, place) -> why none of its mutants can be killed."""
+
+
+def _copies(x):
+    x["keys"][..., 20:, :] = x["keys"][..., :1, :]
+
+
 # Sizes beside the contract's that reach a mask: rows that do not fill their block, parts of an awkward length.
 EXTRA: dict[str, tuple[Sample, ...]] = {
     "content_addressing": (S("masked_shared_N63", B=3, N=63, W=7, shared=1, masked=1), S("N100_W100_H3", B=1, H=3, N=100, W=100)),
@@ -78,10 +84,6 @@ EXTRA: dict[str, tuple[Sample, ...]] = {
 # Searches have thousands of mutants: of the masks and shuffles of a place the first and last one are judged, the others are not. Of knn_lookup's kernels
 # those of the search are judged as knn_search's.
 THINNED = {"knn_search": (), "knn_lookup": ("knn_search_fwd_kernel_scan", "knn_search_fwd_kernel_finish")}
-
-
-def _copies(x):
-    x["keys"][..., 20:, :] = x["keys"][..., :1, :]
 
 
 @dataclass(frozen=True, eq=False)
