@@ -67,6 +67,7 @@ EXCEPT: dict[tuple[str, str, str], str] = {
 
 def _copies(x):
     x["keys"][..., 20:, :] = x["keys"][..., :1, :]
+    x["query"][..., :1, :] = x["keys"][..., :1, :]
 
 
 # Sizes beside the contract's that reach a mask: rows that do not fill their block, parts of an awkward length.
@@ -74,7 +75,7 @@ EXTRA: dict[str, tuple[Sample, ...]] = {
     "content_addressing": (S("masked_shared_N63", B=3, N=63, W=7, shared=1, masked=1), S("N100_W100_H3", B=1, H=3, N=100, W=100)),
     "ntm_step": (step("N5_W1100_r3_w3", 3, 3, B=1, N=5, W=1100), step("N7_W64_r2_w2", 2, 2, B=1, N=7, W=64)),
     "knn_search": (
-        S("N300_k2", options={"k": 2}, N=300, W=20),  # several shards
+        S("N1200_k2", options={"k": 2}, N=1200, W=20),  # several shards, whose lists are cut, as is that of the finish
         *(S(f"copies_{m}", _copies, {"k": 2, "metric": m}, N=300, W=20) for m in ("l2", "cosine")),  # more than are kept
     ),
     "erase_add_write": (S("N150_W63", B=1, N=150, W=63), S("N7_W3_H16", H=16, N=7, W=3)),
