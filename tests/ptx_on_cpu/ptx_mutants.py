@@ -45,6 +45,11 @@ _SCALAR = "one thread stores what every thread holds: the compiler's predicate s
 _NO_HEADS = "the only program that has it was compiled for a step without write heads, whose loop over them never runs"
 _NO_READS = "the only program that has it was compiled for a step without read heads, which stores nothing of this sum"
 _ONE_ROUND = "its program's tile holds all slots (BL = power(N) up to 1024), so that the loop never goes round again in any launch"
+_BESIDE = (
+    "the compiler's barriers for the sums beside it keep the same accesses apart; what never went round again is the way past a loop inside that "
+    "always has a turn"
+)
+_SAME_LIST = "past the candidates it reads other places of the same list, and what is made of them is masked"
 _OWN_SCRATCH = (
     "shared with kernels of fewer stages, which give it tensors and kill it; ntm_step gives it scratch of its own, where padding heads, slots "
     "and columns read other numbers in range, and what they become is stored nowhere"
@@ -61,13 +66,22 @@ EXCEPT: dict[tuple[str, str, str], str] = {
     # address and address_bwd: strength, similarities, gate, gamma; erased: erase vectors; ntm_step's similarities.
     **{("ntm_step", "mask", f"_triton.py<_triton.py:{n}"): _OWN_SCRATCH for n in (364, 365, 367, 374, 412, 413, 415, 417, 477, 554)},
     ("ntm_step", "mask", "_triton.py<triton.py:351"): _OWN_SCRATCH,
+    # A search's cuts.
+    **{("knn_search", "barrier", f"triton.py:{n}"): _BESIDE for n in (266, 309, 313, 331, 334)},
+    **{("knn_search", "mask", f"triton.py:{n}"): _SAME_LIST for n in (327, 342)},
 }
 """(operator, kind, place) -> why none of its mutants can be killed."""
 
 
 def _copies(x):
-    x["keys"][..., 20:, :] = x["keys"][..., :1, :]
-    x["query"][..., :1, :] = x["keys"][..., :1, :]
+    """One key again and again, and two late ones that are nearer."""
+    x["keys"][..., :, :] = x["keys"][..., :1, :]
+    x["keys"][..., [270, 290], :] *= 0.5
+    x["query"][..., :1, :] = 0.4 * x["keys"][..., :1, :]
+
+
+def _lost(x):
+    x["query"][..., 0, :] = float("nan")
 
 
 # Sizes beside the contract's that reach a mask: rows that do not fill their block, parts of an awkward length.
@@ -76,8 +90,9 @@ EXTRA: dict[str, tuple[Sample, ...]] = {
     "ntm_step": (step("N5_W1100_r3_w3", 3, 3, B=1, N=5, W=1100), step("N7_W64_r2_w2", 2, 2, B=1, N=7, W=64)),
     "knn_search": (
         S("N1200_k2", options={"k": 2}, N=1200, W=20),  # several shards, whose lists are cut, as is that of the finish
-        *(S(f"copies_{m}", _copies, {"k": 2, "metric": m}, N=300, W=20) for m in ("l2", "cosine")),  # more than are kept
+        *(S(f"copies_{m}", _copies, {"k": 3, "metric": m}, N=300, W=20) for m in ("l2", "cosine")),  # more than are kept
     ),
+    "knn_lookup": (S("lost", _lost, {"k": 3, "delta": 0.1}),),
     "erase_add_write": (S("N150_W63", B=1, N=150, W=63), S("N7_W3_H16", H=16, N=7, W=3)),
 }
 
