@@ -97,8 +97,8 @@ EXTRA: dict[str, tuple[Sample, ...]] = {
 }
 
 
-# Searches have thousands of mutants: of the masks and shuffles of a place the first and last one are judged, the others are not. Of knn_lookup's kernels
-# those of the search are judged as knn_search's.
+# Searches have thousands of mutants: of the masks and shuffles of a place in a program the first and last one are judged, and others only until one of
+# the place is killed. Of knn_lookup's kernels those of the search are judged as knn_search's.
 THINNED = {"knn_search": (), "knn_lookup": ("knn_search_fwd_kernel_scan", "knn_search_fwd_kernel_finish")}
 
 
@@ -182,13 +182,21 @@ def tally(case: Case, samples: list[Sample], thin: bool = False) -> tuple[Counte
     for records in launches(case, samples):
         found = list(mutants(records[0].kernel_object.program))
         ends = {(m.kind, m.place): m for m in reversed(found)}, {(m.kind, m.place): m for m in found}
+        left = []
         for m in found:
             key = m.kind, m.place
             if thin and m.kind in ("mask", "shuffle") and m not in (ends[0][key], ends[1][key]):
+                left.append(m)
                 continue
             verdict = judge(m, records)
             total[records[0].kernel, m.kind, verdict] += 1
             places[key][verdict] += 1
+        for m in left if case.name in THINNED else ():
+            key = m.kind, m.place
+            if not places[key]["killed"]:
+                verdict = judge(m, records)
+                total[records[0].kernel, m.kind, verdict] += 1
+                places[key][verdict] += 1
     return total, places
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ptx_machine import ORDERS
 from ptx_suite import Emulator, emulated, missing
 
 if missing("triton"):
@@ -64,6 +65,7 @@ def test_all_dictionaries_in_one_call(backend):
 # Q, N, D, k, metric, kind, type: several shards; many ties; cancellation; keys that come nearer and nearer; all of few rows.
 SEARCHES = [
     (9, 300, 8, 5, "l2", "normal", torch.float32),
+    (3, 800, 3, 3, "l2", "sorted", torch.float32),  # a turn over the shards' second best finds nothing, the next one does
     slow(3, 200, 17, 20, "l2", "coarse", torch.float32),
     slow(5, 150, 3, 7, "ip", "far", torch.float32),
     slow(3, 260, 8, 12, "ip", "sorted", torch.bfloat16),
@@ -75,7 +77,7 @@ SEARCHES = [
 def test_against_brute_force(Q, N, D, k, metric, kind, dtype, small_blocks):
     query, keys = drawn(Q, N, D, 7, kind, dtype)
     wanted, at = brute_force(query, keys, k, metric)
-    emulator = Emulator("triton", 80)
+    emulator = Emulator("triton", 80, orders=ORDERS if N <= 300 else ("lockstep",))
     with emulated(emulator):
         d, i = knn_search(query, keys, k, metric=metric)
     assert emulator.records[0].kernel == "knn_search_fwd_kernel_scan" and emulator.records[0].grid[0] > (Q + 7) // 8  # shards
@@ -104,6 +106,16 @@ def test_what_cannot_be_certified_is_compared_with_every_row(metric, small_block
         assert torch.equal(i, wanted[1])
     else:
         assert d[0].eq(0).all() and i[0].tolist() == [0, *range(20, 28)]
+
+
+@pytest.mark.parametrize("metric", [slow("cosine"), "ip"])
+def test_every_row_in_any_order(metric, small_blocks):
+    """Keys of whose length float32 has no square: all rows are compared, and late ones come between early ones."""
+    query, keys = drawn(3, 150, 8, 9, "normal", torch.float32)
+    keys *= 1e20
+    d, i, every = finished(query, keys, 9, metric)
+    wanted = knn_search(query, keys, 9, metric=metric)
+    assert every > 0.9 and torch.equal(i, wanted[1]) and torch.allclose(d, wanted[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("metric", ["cosine", slow("ip")])
