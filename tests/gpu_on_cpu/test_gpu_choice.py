@@ -162,6 +162,33 @@ def arguments(name, shape, device="cpu"):
     return values
 
 
+def test_row_sparse_gradients_go_to_what_took_the_search(monkeypatch):
+    """Whatever is asked for by then."""
+    asked = []
+
+    def kernel(backend, name):
+        return lambda grad, indices, query, keys, metric: asked.append((backend, name)) or (query.clone(), indices.new_empty(1, 0), keys.new_empty(0, 2))
+
+    def backward(k=3):
+        rows, cuda = torch.ops.memcore.knn_search_rows.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        rows.redispatch(cuda, None, torch.zeros(1, k, dtype=torch.int64), torch.zeros(1, 2), torch.zeros(5, 2), 0)
+
+    def takes(K):
+        return _backend.rows_order("knn_search_fwd", replace(call("few"), K=K))
+
+    monkeypatch.setattr(_cuda, "_kernel", kernel)
+    for choice, order in (("auto", ("native", "triton")), ("native", ("native",)), ("triton", ("triton",)), ("reference", ())):
+        with memcore.backend(choice):
+            assert takes(1024) == order and takes(1025) == ()
+            backward()
+    monkeypatch.setattr(_backend, "_missing", {"native": "is not here", "triton": ""})
+    assert takes(1) == ("triton",)
+    backward()
+    assert asked == [(b, "knn_search_rows") for b in ("native", "native", "triton", "native", "triton")]
+    with pytest.raises(RuntimeError, match="memcore.knn_search: no kernel for row-sparse gradients"):
+        backward(1025)
+
+
 NO_IMAGE = RuntimeError("memcore.read: CUDA error: no kernel image is available for execution on the device")
 
 
