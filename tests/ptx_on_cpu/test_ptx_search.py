@@ -150,6 +150,16 @@ def test_no_gradient_of_a_query_that_is_no_number(backend, metric):
     assert (grads[0][0] == 0).all() and all(g.isfinite().all() and g.any() for g in grads)
 
 
+def test_workspaces_that_hold_what_looks_like_candidates(backend, monkeypatch):
+    """Zeros: row 0 at score 0. Tests' memory is full of NaN else, and of the greatest integers, which are nobody."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *sizes, **options: empty(self, *sizes, **options).zero_())
+    keys = torch.randn(2, 63, 7)
+    d, i = knn_search(keys[:, 3:5], keys, 5, count=torch.tensor([4, 60]))
+    assert i[0, :, 4].tolist() == [-1, -1] and (i[0, :, :4] >= 0).all() and i[1, :, 0].tolist() == [3, 4] and (d[1, :, 0] == 0).all()
+    assert i[0, 0, 0] == 3 and sorted(i[0, 0, :4].tolist()) == [0, 1, 2, 3]
+
+
 def test_stacked_dictionaries_of_no_width(backend):
     query, keys = torch.zeros(2, 3, 0, requires_grad=True), torch.zeros(2, 4, 0, requires_grad=True)
     d, i = knn_search(query, keys, 2)
