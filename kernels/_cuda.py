@@ -68,15 +68,31 @@ def implement(library: torch.library.Library, name: str, inputs: str, returns: s
 
 
 def implement_rows(library: torch.library.Library, name: str, schema: str) -> None:
-    """Give the row-sparse backward `memcore::<name>` the native kernel at key CUDA, if there is one."""
+    """Give the row-sparse backward `memcore::<name>` its chooser at key CUDA, and the native kernel behind it its schema."""
+    arguments = [part.split()[1] for part in schema[1 : schema.index(")")].split(", ")]
+    op = name.removesuffix("_rows")
     if f"memcore::_{name}_cuda" in _backend.native_gpu_registered:
         library.define(f"_{name}_cuda{schema}")
-        library.impl(name, lambda *args: _kernel("native", name)(*args), "CUDA")
+
+    def choose(*args):
+        query, keys, indices = (args[arguments.index(a)] for a in ("query", "keys", "indices"))
+        call = call_of((query, keys, indices.shape[-1]), ["query", "keys", "k"])
+        # The forward was run by one of them, whatever is asked for now.
+        order = _backend.rows_order(f"{op}_fwd", call) or _backend.rows_order(f"{op}_fwd", call, "auto")
+        for backend in order:
+            try:
+                return _kernel(backend, name)(*args)
+            except (ImportError, RuntimeError) as e:
+                if not _backend.gives_up(backend, name, call.device, e):
+                    raise
+        raise RuntimeError(f"memcore.{op}: no kernel for row-sparse gradients on {call.device}")
+
+    library.impl(name, choose, "CUDA")
 
 
 def takes_rows(op: str, query: Tensor, keys: Tensor, k: int) -> bool:
-    """Whether a search with row-sparse gradients goes to kernels: on CPUs, and where CUDA's take it."""
+    """Whether a search with row-sparse gradients goes to kernels: on CPUs, and where a GPU's take it."""
     if query.device.type == "cpu":
         return True
     call = call_of((query, keys, k), ["query", "keys", "k"])
-    return query.device.type == "cuda" and _backend.takes_native(f"{op}_fwd", call)
+    return query.device.type == "cuda" and bool(_backend.rows_order(f"{op}_fwd", call))

@@ -61,7 +61,8 @@ class Launch:
         signature, constexprs, attrs = {}, {}, {}
         for i, p in enumerate(self.kernel.params):
             v = self.arguments[p.name]
-            if p.is_constexpr or v is None or p.name in constants or (isinstance(v, int) and not isinstance(v, bool) and v == 1):
+            one = isinstance(v, int) and not isinstance(v, bool) and v == 1 and not p.do_not_specialize
+            if p.is_constexpr or v is None or p.name in constants or one:
                 signature[p.name], constexprs[(i,)] = "constexpr", v
             elif isinstance(v, Tensor):
                 signature[p.name] = _TYPES[v.dtype]
@@ -71,7 +72,7 @@ class Launch:
                 signature[p.name] = "fp32"
             else:
                 signature[p.name] = "i32" if -(2**31) <= v < 2**31 else "i64"
-                if v % 16 == 0:
+                if v % 16 == 0 and not p.do_not_specialize:
                     attrs[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constexprs, attrs)
 
@@ -115,6 +116,10 @@ class sizes:
     """Sums of several heads over a tile: [heads, BW]."""
     width = 8192
     """The widest slot: a row is one piece."""
+    search = 256
+    """Queries times rows that a scan compares at a time."""
+    slack = 32
+    """Candidates that a search keeps beyond its K, at least."""
 
 
 def power(n: int) -> int:

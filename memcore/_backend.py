@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["GPU_TABLE", "Call", "backend", "describe", "gives_up", "gpu_order", "takes_kernel", "takes_native"]
+__all__ = ["GPU_TABLE", "Call", "backend", "describe", "gives_up", "gpu_order", "rows_order", "takes_kernel", "takes_native"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 _log = logging.getLogger("memcore")
@@ -85,7 +85,7 @@ _unusable: dict[tuple[str, int], str] = {}  # (backend, device) -> what its firs
 BLOCK = 8192  # elements of a memory that one Triton block holds (kernels/_triton.py, sizes.whole)
 FILLED = 128  # blocks that give nearly every multiprocessor one: an A100 has 108, an H100 132, a B200 148
 LARGEST = 2_000_000_000  # the kernels' sizes are 32-bit numbers, their offsets 64-bit
-MOST = 1024  # neighbours that a block selects (csrc/cuda/knn_search.h)
+MOST = 1024  # neighbours that a block selects (csrc/cuda/knn_search.h; Triton's have the same limit)
 WIDEST = 8192  # a Triton tile has whole slots (kernels/_triton.py, sizes.width)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,14 +157,15 @@ GPU_TABLE = (
     ),
     Preference(
         ("knn_search", "knn_lookup"), ("block", "many", "few"), "native",
-        "shards of the keys go to blocks of their own however few the queries, and a block selects in shared memory what its threads compare",
+        "as many launches in both (knn_search 2 + 2 for 2 + 2, knn_lookup 3 + 2 for 3 + 2), shards of the keys to blocks of their own; native selects "
+        "in shared memory, Triton through lists in global memory",
     ),
 )  # fmt: skip
 
 
 def operator(name: str) -> str:
-    """The public name behind <op>_fwd, <op>_bwd or <op>_."""
-    return name.removesuffix("_fwd").removesuffix("_bwd").removesuffix("_")
+    """The public name behind <op>_fwd, <op>_bwd, <op>_rows or <op>_."""
+    return name.removesuffix("_fwd").removesuffix("_bwd").removesuffix("_rows").removesuffix("_")
 
 
 def preference(name: str, shape: str) -> Preference | None:
@@ -291,9 +292,15 @@ def takes_kernel(op: str, device: torch.device) -> bool:
     raise RuntimeError(_refused(name, op, kind, reason))
 
 
+def rows_order(name: str, call: Call, requested: str = "") -> tuple[str, ...]:
+    """Kernels that take this call of operator `name`, which has another way to do the work, the best first."""
+    wanted = {"auto": ("native", "triton"), "native": ("native",), "triton": ("triton",)}.get(requested or _requested, ())
+    return () if _transformed() else tuple(b for b in wanted if not _gpu_refusal(b, name, call))
+
+
 def takes_native(name: str, call: Call) -> bool:
     """Whether CUDA's kernel takes this call of operator `name`, which has no other and another way to do the work."""
-    return _requested in ("auto", "native") and not _transformed() and not _gpu_refusal("native", name, call)
+    return "native" in rows_order(name, call)
 
 
 def _refused(name: str, op: str, kind: str, reason: str) -> str:

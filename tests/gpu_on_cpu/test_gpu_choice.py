@@ -147,17 +147,46 @@ def arguments(name, shape, device="cpu"):
     known = {
         "memory": (B, N, W), "key": (B, H, W), "word": (B, H, W), "erase": (B, H, W), "add": (B, H, W), "strength": (B, H), "gate": (B, H),
         "gamma": (B, H), "shift": (B, H, 3), "usage": (B, N), "interface": (B, H * (W + 6) + 2 * W), "mask": None,
-        "query": (B, W), "keys": (N, W), "values": (N, 4), "indices": (B, 1), "count": None, "norms": None, "mirror": None, "rounding": None,
+        "query": (B, W), "keys": (N, W), "values": (N, 4), "count": None, "norms": None, "mirror": None, "rounding": None,
     }  # fmt: skip
     values = []
     for a in getattr(torch.ops.memcore, name).default._schema.arguments:
         if "Tensor" not in str(a.type):
             values.append(True if str(a.type) == "bool" else 1)
+        elif a.name == "saved_0":
+            values.append(torch.zeros(B, 1, dtype=torch.int64, device=device))
         elif a.name in known:
             values.append(known[a.name] and torch.empty(known[a.name], device=device))
         else:
             values.append(None if a.name.startswith("grad_") else torch.empty(B, H, N, device=device))
     return values
+
+
+def test_row_sparse_gradients_go_to_what_took_the_search(monkeypatch):
+    """Whatever is asked for by then."""
+    asked = []
+
+    def kernel(backend, name):
+        return lambda grad, indices, query, keys, metric: asked.append((backend, name)) or (query.clone(), indices.new_empty(1, 0), keys.new_empty(0, 2))
+
+    def backward(k=3):
+        rows, cuda = torch.ops.memcore.knn_search_rows.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        rows.redispatch(cuda, None, torch.zeros(1, k, dtype=torch.int64), torch.zeros(1, 2), torch.zeros(5, 2), 0)
+
+    def takes(K):
+        return _backend.rows_order("knn_search_fwd", replace(call("few"), K=K))
+
+    monkeypatch.setattr(_cuda, "_kernel", kernel)
+    for choice, order in (("auto", ("native", "triton")), ("native", ("native",)), ("triton", ("triton",)), ("reference", ())):
+        with memcore.backend(choice):
+            assert takes(1024) == order and takes(1025) == ()
+            backward()
+    monkeypatch.setattr(_backend, "_missing", {"native": "is not here", "triton": ""})
+    assert takes(1) == ("triton",)
+    backward()
+    assert asked == [(b, "knn_search_rows") for b in ("native", "native", "triton", "native", "triton")]
+    with pytest.raises(RuntimeError, match="memcore.knn_search: no kernel for row-sparse gradients"):
+        backward(1025)
 
 
 NO_IMAGE = RuntimeError("memcore.read: CUDA error: no kernel image is available for execution on the device")
@@ -337,11 +366,16 @@ def test_reasons_hold(name, shape, shim):
     found = launches(name, shape, shim)
     B = SHAPES[shape][0]
     if _backend.preference(name, shape).first == "native":
-        assert len(found["native"]) == 1 <= len(found["triton"]), found
+        if name.startswith("knn"):
+            assert len(found["native"]) == len(found["triton"]), found
+        else:
+            assert len(found["native"]) == 1 <= len(found["triton"]), found
         assert _backend.operator(name) in _backend.ROWS or max(found["native"]) >= min(B, _backend.FILLED), found
     else:
         assert max(found["native"]) == B < _backend.FILLED <= max(found["triton"]), found
-    if shape == "block" and (counted := re.search(rf"{_backend.operator(name)} (\d) \+ (\d) for (\d) \+ (\d)", _backend.preference(name, shape).reason)):
+    # Of a dictionary of no more rows than a search keeps there is no scan: the counts are those of larger ones.
+    counted_at = "few" if name.startswith("knn") else "block"
+    if shape == counted_at and (counted := re.search(rf"{_backend.operator(name)} (\d) \+ (\d) for (\d) \+ (\d)", _backend.preference(name, shape).reason)):
         at = ("fwd", "bwd").index(name[-3:])
         assert (len(found["native"]), len(found["triton"])) == (int(counted[1 + at]), int(counted[3 + at]))
 

@@ -143,7 +143,7 @@ def array_of(t: Tensor) -> np.ndarray:
     """The tensor's bytes, shared with it."""
     if not t.is_contiguous():
         raise ValueError("kernels are given contiguous tensors")
-    return t.detach().reshape(-1).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
+    return t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
 
 
 @dataclass

@@ -127,9 +127,7 @@ class Warps:
     # Tensor cores (sm_75, sm_80) ----------------------------------------------------------------------------------------
 
     def ldmatrix(self, a, offset, count, trans, mask):
-        if mask is not None:
-            raise NotImplementedError("ldmatrix in part of a warp")
-        rows, _ = self._matrix_rows(a, offset, count, False)
+        rows, _ = self._matrix_rows(a, offset, count, mask, False)
         data = self.m.shared_views[2].reshape(-1, 8)[rows]  # [n, 8]
         tiles = data.reshape(-1, 32, 8)[:, : 8 * count].reshape(-1, count, 8, 8).astype(np.uint32)
         if trans:
@@ -138,10 +136,8 @@ class Warps:
         return [(tiles[:, j, t >> 2, 2 * (t & 3)] | tiles[:, j, t >> 2, 2 * (t & 3) + 1] << np.uint32(16)).reshape(-1).copy() for j in range(count)]
 
     def stmatrix(self, a, offset, values, trans, mask):
-        if mask is not None:
-            raise NotImplementedError("stmatrix in part of a warp")
         count = len(values)
-        rows, takes = self._matrix_rows(a, offset, count, True)
+        rows, takes = self._matrix_rows(a, offset, count, mask, True)
         t = np.arange(32)
         out = np.zeros((self.n // 32, 4, 8, 8), np.uint16)
         for j, v in enumerate(values):
@@ -152,8 +148,13 @@ class Warps:
         data = out.reshape(-1, 32, 8).reshape(-1, 8)
         self.m.shared_views[2].reshape(-1, 8)[rows[takes]] = data[takes]
 
-    def _matrix_rows(self, a, offset, count, write):
+    def _matrix_rows(self, a, offset, count, mask, write):
         takes = self.lane < 8 * count
+        if mask is not None:
+            whole = mask.reshape(-1, 32)
+            if (whole.any(1) != whole.all(1)).any():
+                raise PtxError("a matrix is loaded or stored by a part of a warp: .aligned takes all of it")
+            takes = takes & mask
         addr = (a.astype(np.int64) if a.dtype.itemsize == 4 else a.view(np.int64)) + offset
         bad = takes & ((addr < 0) | (addr > self.m.shared_bytes - 16) | (addr % 16 != 0))
         if bad.any():

@@ -235,6 +235,41 @@ def test_arithmetic():
     assert (y == (low | high << 16)).all()
 
 
+MATRIX = """
+.shared .align 16 .b8 s[256];
+mov.u32 %r4, s;
+shr.u32 %r5, %r2, 5;
+mad.lo.u32 %r4, %r5, 128, %r4;
+and.b32 %r6, %r2, 31;
+mad.lo.u32 %r7, %r6, 4, %r4;
+st.shared.u32 [%r7], %r2;
+bar.sync 0;
+and.b32 %r8, %r2, 7;
+mad.lo.u32 %r8, %r8, 16, %r4;
+mov.u32 %r3, 99;
+setp.ge.u32 %p1, %r2, LEAST;
+@!%p1 bra END;
+ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r3}, [%r8];
+stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r8], {%r3};
+END:
+bar.sync 0;
+ld.shared.u32 %r9, [%r7];
+st.global.u32 [%rd4], %r9;
+st.global.u32 [%rd3], %r3;
+"""
+
+
+@each_order
+def test_matrices_of_some_warps(order):
+    """A matrix of halves is turned over by the second of two warps alone; the first keeps its own. Part of a warp may not."""
+    x, y, _ = run(MATRIX.replace("LEAST", "32"), order=order, races=True)
+    turned = np.arange(32, 64, dtype=np.uint32).view(np.uint16).reshape(8, 8).T.copy().view(np.uint32).reshape(-1)
+    assert (y[:32] == np.arange(32)).all() and (y[32:] == turned).all()
+    assert (x[:32] == 99).all() and (x[32:] == turned).all()
+    with pytest.raises(PtxError, match="by a part of a warp"):
+        run(MATRIX.replace("LEAST", "33"), order=order)
+
+
 def test_blocks_side_by_side_and_alone():
     """Results do not depend on how many blocks run together; a chosen block runs alone."""
     body = "mov.u32 %r3, %ctaid.x;\nmad.lo.u32 %r4, %r3, 64, %r2;\nmul.wide.u32 %rd5, %r4, 4;\nadd.s64 %rd6, %rd2, %rd5;\nst.global.u32 [%rd6], %r4;"
