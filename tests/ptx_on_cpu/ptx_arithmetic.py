@@ -250,13 +250,14 @@ class Arithmetic(Emitter):
 
     def comparison(self, i: Instruction) -> str:
         t = i.type
-        c = i.op[1]
-        floating = t[0] == "f" or t.startswith("bf16")
         if t.endswith("x2"):
             raise NotImplementedError("packed comparison")
-        a, b = self.src(i.operands[1 if i.op[0] != "setp" else 1], t, True), self.src(i.operands[2], t)
+        a, b = self.src(i.operands[1], t, True), self.src(i.operands[2], t)
         if "ftz" in i.op and t == "f32":
             a, b = self.temp(f"flush({a})"), self.temp(f"flush({b})")
+        return self.compared(i.op[1], a, b, t[0] == "f" or t == "bf16")
+
+    def compared(self, c: str, a: str, b: str, floating: bool) -> str:
         if not floating:
             sign = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}[c]
             return self.temp(f"{a} {sign} {b}")
@@ -274,10 +275,17 @@ class Arithmetic(Emitter):
 
     def i_setp(self, i: Instruction) -> None:
         ex = self.execute(i)
-        r = self.comparison(i)
         combine = next((x for x in i.op[2:] if x in ("and", "or", "xor")), None)
         dst = i.operands[0].split("|")
-        other = self.temp(f"~{r}") if len(dst) > 1 else None
+        if i.type in ("f16x2", "bf16x2"):  # the low halves into the first, the high ones into the second
+            if len(dst) != 2:
+                raise NotImplementedError("packed comparison into one predicate")
+            of = (lambda v: f"{v}.view('f2')") if i.type == "f16x2" else (lambda v: f"from_bf16({v}.view('u2'))")
+            a, b = (self.temp(of(self.src(o, "b32", True))) for o in i.operands[1:3])
+            r, other = (self.compared(i.op[1], f"{a}[{k}::2]", f"{b}[{k}::2]", True) for k in (0, 1))
+        else:
+            r = self.comparison(i)
+            other = self.temp(f"~{r}") if len(dst) > 1 else None
         if combine:
             c = self.src(i.operands[3], "pred", True)
             sign = {"and": "&", "or": "|", "xor": "^"}[combine]

@@ -259,6 +259,27 @@ st.global.u32 [%rd3], %r3;
 """
 
 
+@pytest.mark.parametrize("kind, halves", [("f16x2", lambda x: x.view(np.float16)), ("bf16x2", lambda x: from_bf16(x.view(np.uint16)))])
+@pytest.mark.parametrize("sign, compare", [("ge", np.greater_equal), ("lt", np.less), ("neu", np.not_equal)])
+def test_packed_comparisons(kind, halves, sign, compare):
+    """The low halves are compared into the first predicate, the high halves into the second; NaN, infinities and both zeros among them."""
+    special = np.array([0x0000, 0x8000, 0x3C00, 0x3F80, 0xBC00, 0x7C00, 0x7F80, 0x7FFF], np.uint16)
+    a = np.repeat(special, 8) | np.tile(special, 8).astype(np.uint32) << 16
+    body = f"""
+    ld.global.u32 %r3, [%rd3];
+    mov.b32 %r4, 0x3C000000;
+    setp.{sign}.{kind} %p1|%p2, %r3, %r4;
+    selp.u32 %r5, 1, 0, %p1;
+    selp.u32 %r6, 2, 0, %p2;
+    or.b32 %r7, %r5, %r6;
+    st.global.u32 [%rd4], %r7;
+    """
+    _, y, _ = run(body, x=a)
+    with np.errstate(invalid="ignore"):
+        low, high = compare(halves(a).reshape(-1, 2), halves(np.array([0x3C000000], np.uint32))).T
+    assert (y == low + 2 * high).all()
+
+
 @each_order
 def test_matrices_of_some_warps(order):
     """A matrix of halves is turned over by the second of two warps alone; the first keeps its own. Part of a warp may not."""
