@@ -128,10 +128,9 @@ _HEADS = {
     "approximate": "`memcore.DND`, exact, beside approximate indices of about the recall said, one query",
     "knn": "the K nearest keys",
 }
-_APPROXIMATE = ("hnswlib", "usearch", "faiss IVF")
 _SEARCHES = {  # unit, variants
     "store": ("us", ("memcore", "eager", "faiss")),
-    "approximate": ("us", ("memcore", "memcore, bf16 copy", *_APPROXIMATE)),
+    "approximate": ("us", ("memcore", "memcore, bf16 copy", "hnswlib", "usearch", "faiss IVF")),
     "knn": ("ms", ("memcore", "eager", "faiss", "sparse eager")),
 }
 _STEP_SHAPE = re.compile(r"\((?P<B>\d+),\d+/\d+,(?P<N>\d+),(?P<W>\d+)\) T=(?P<T>\d+)")

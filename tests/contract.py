@@ -1,11 +1,13 @@
 """What the contract tests share: operators paired with their samples, one call with gradients, what the reference says."""
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import pytest
 import torch
 from torch import Tensor
 
+from memcore.functional import knn_lookup
 from cases import CASES, DTYPES, Case, Inputs, Sample, as_tuple, cast
 
 PAIRS = [pytest.param(c, s, id=f"{c.name}-{s.id}") for c in CASES for s in c.samples]
@@ -68,3 +70,24 @@ def bound(case: Case, sample: Sample, x: Inputs):
         return tuple(y for y in ys if y.is_floating_point())
 
     return f, leaves
+
+
+def check_row_gradients(call: Callable[[str, str, tuple], Sequence[Tensor]], shape: tuple[int, ...]) -> None:
+    """Row-sparse gradients of searches by call(operator, "bwd" or "rows", arguments): as many rows as there are neighbours, whatever was found;
+    together they are the dense ones. Padding and repeated rows add nothing."""
+    query, keys, values = torch.randn(*shape, 7, 4), torch.randn(*shape, 50, 4), torch.randn(*shape, 50, 3)
+    found = knn_lookup(query, keys, values, 6, count=torch.tensor([50, 4] if shape else [4]))
+    grads = [torch.randn(t.shape) for t in (found.output, found.weights, found.distances)]
+    none = [None] * 4
+    dense = call("knn_lookup", "bwd", (*grads[:2], None, grads[2], found.indices, query, keys, values, *none, 6, 0, 0, 0.1))
+    dquery, rows, *sparse = call("knn_lookup", "rows", (*grads, found.indices, query, keys, values, 0, 0, 0.1))
+    assert torch.equal(dquery, dense[0]) and rows.shape == (len(shape) + 1, found.indices.numel())
+    for made, like, wanted in zip(sparse, (keys, values), dense[1:]):
+        whole = torch.sparse_coo_tensor(rows, made, like.shape, check_invariants=True).coalesce()
+        assert torch.equal(whole.to_dense(), wanted)
+        blocks = found.indices if shape else found.indices[None]
+        used = {(*([a] if shape else []), n) for a, block in enumerate(blocks) for n in block.flatten().tolist() if n >= 0}
+        assert {tuple(r) for r in whole.indices().T.tolist()} == used
+    of_search = call("knn_search", "rows", (grads[2], found.indices, query, keys, 1))
+    wanted = call("knn_search", "bwd", (grads[2], None, found.indices, query, keys, *none, 6, 1))
+    assert torch.equal(torch.sparse_coo_tensor(of_search[1], of_search[2], keys.shape, check_invariants=True).to_dense(), wanted[1])

@@ -97,7 +97,7 @@ def arguments(
     query, keys, *values = _checks.common(op, ("query", query), ("keys", keys), *(("values", v) for v in values))
     q, s = query.shape, keys.shape
     fit = len(s) == 3 and len(q) in (2, 3) and q[-1] == s[2] and (len(q) == 2 or q[0] == s[0]) or len(s) == len(q) == 2 and q[1] == s[1]
-    if not (fit and all(v.dim() == len(s) and v.shape[:-1] == s[:-1] for v in values)):
+    if not (fit and all(v.shape[:-1] == s[:-1] for v in values)):
         _refuse_shapes(op, query, keys, values)
     _checks.whole(op, "k", k, 0)
     if metric not in METRICS:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contract import check_row_gradients
 from memcore import _backend
 from memcore.functional import knn_lookup, knn_search
 from test_knn_lookup import test_all_dictionaries_in_one_call, test_any_width_of_the_kernel, test_edges, test_values as test_values_of_the_read
@@ -83,24 +84,7 @@ def test_gradients_of_rows_that_many_find(backend):
 
 @pytest.mark.parametrize("shape", [(), (2,)])
 def test_gradients_of_the_rows_that_are_used(backend, shape):
-    """As many as there are neighbours, whatever was found; together they are the dense ones. Padding and repeated rows add nothing."""
-    query, keys, values = torch.randn(*shape, 7, 4), torch.randn(*shape, 50, 4), torch.randn(*shape, 50, 3)
-    count = torch.tensor([50, 4] if shape else [4])
-    found = knn_lookup(query, keys, values, 6, count=count)
-    grads = [torch.randn(t.shape) for t in (found.output, found.weights, found.distances)]
-    none = [None] * 4
-    dense = cuda_shim.kernels("knn_lookup", "bwd")(*grads[:2], None, grads[2], found.indices, query, keys, values, *none, 6, 0, 0, 0.1)
-    dquery, rows, *sparse = cuda_shim.kernels("knn_lookup", "rows")(*grads, found.indices, query, keys, values, 0, 0, 0.1)
-    assert torch.equal(dquery, dense[0]) and rows.shape == (len(shape) + 1, found.indices.numel())
-    for made, like, wanted in zip(sparse, (keys, values), dense[1:]):
-        whole = torch.sparse_coo_tensor(rows, made, like.shape, check_invariants=True).coalesce()
-        assert torch.equal(whole.to_dense(), wanted)
-        blocks = found.indices if shape else found.indices[None]
-        used = {(*([a] if shape else []), n) for a, block in enumerate(blocks) for n in block.flatten().tolist() if n >= 0}
-        assert {tuple(r) for r in whole.indices().T.tolist()} == used
-    of_search = cuda_shim.kernels("knn_search", "rows")(grads[2], found.indices, query, keys, 1)
-    wanted = cuda_shim.kernels("knn_search", "bwd")(grads[2], None, found.indices, query, keys, *none, 6, 1)
-    assert torch.equal(torch.sparse_coo_tensor(of_search[1], of_search[2], keys.shape, check_invariants=True).to_dense(), wanted[1])
+    check_row_gradients(lambda op, way, args: cuda_shim.kernels(op, way)(*args), shape)
 
 
 def test_too_many_neighbours_are_refused(backend):

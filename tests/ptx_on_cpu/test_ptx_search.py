@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from contract import check_row_gradients
 from ptx_machine import ORDERS
 from ptx_suite import Emulator, emulated, missing
 
@@ -177,22 +178,8 @@ def test_as_many_neighbours_as_there_may_be(backend):
 
 @pytest.mark.parametrize("shape", [slow(()), (2,)])
 def test_gradients_of_the_rows_that_are_used(backend, shape):
-    """As many as there are neighbours, whatever was found; together they are the dense ones. Padding and repeated rows add nothing."""
-    query, keys, values = torch.randn(*shape, 7, 4), torch.randn(*shape, 50, 4), torch.randn(*shape, 50, 3)
-    found = knn_lookup(query, keys, values, 6, count=torch.tensor([50, 4] if shape else [4]))
-    grads = [torch.randn(t.shape) for t in (found.output, found.weights, found.distances)]
-    none, emulator = [None] * 4, Emulator("triton", 80)
-    dense = emulator.triton("knn_lookup", "bwd", (*grads[:2], None, grads[2], found.indices, query, keys, values, *none, 6, 0, 0, 0.1))
-    dquery, rows, *sparse = emulator.triton("knn_lookup", "rows", (*grads, found.indices, query, keys, values, 0, 0, 0.1))
-    assert torch.equal(dquery, dense[0]) and rows.shape == (len(shape) + 1, found.indices.numel())
-    for made, like, wanted in zip(sparse, (keys, values), dense[1:]):
-        whole = torch.sparse_coo_tensor(rows, made, like.shape, check_invariants=True).coalesce()
-        assert torch.equal(whole.to_dense(), wanted)
-        blocks = found.indices if shape else found.indices[None]
-        used = {(*([a] if shape else []), n) for a, block in enumerate(blocks) for n in block.flatten().tolist() if n >= 0}
-        assert {tuple(r) for r in whole.indices().T.tolist()} == used
-    of_search = emulator.triton("knn_search", "rows", (grads[2], found.indices, query, keys, 1))
-    wanted = emulator.triton("knn_search", "bwd", (grads[2], None, found.indices, query, keys, *none, 6, 1))
-    assert torch.equal(torch.sparse_coo_tensor(of_search[1], of_search[2], keys.shape, check_invariants=True).to_dense(), wanted[1])
-    nothing = emulator.triton("knn_search", "rows", (grads[2], torch.full_like(found.indices, -1), query, keys[..., :0, :], 0))
+    emulator = Emulator("triton", 80)
+    check_row_gradients(emulator.triton, shape)
+    query, keys, none = torch.randn(*shape, 7, 4), torch.randn(*shape, 0, 4), torch.full((*shape, 7, 6), -1)
+    nothing = emulator.triton("knn_search", "rows", (torch.randn(*shape, 7, 6), none, query, keys, 0))
     assert nothing[1].shape == (len(shape) + 1, 0) and nothing[2].shape == (0, 4) and not nothing[0].any()
