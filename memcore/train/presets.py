@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "lstm": _LSTM,
         },
         "priority-sort": {"train": {**_ADAM, "steps": 500_000}, "ntm": _heads(5, controller_layers=2), "lstm": _LSTM},
-        # Strength and separate words are not the paper's: with its reads the MANN was no better than the LSTM after 12,246 updates.
+        # Strength and separate words are not the paper's: with strength 1 a read is close to the mean of all slots.
         "omniglot": {
             "task": {"shift": 2},  # pixels of 20 by which training drawings move
             "train": {**_ADAM, "steps": 40_000, **_UNSEEN, "eval_every": 500},
