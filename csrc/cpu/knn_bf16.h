@@ -1,4 +1,4 @@
-// Products of bfloat16 by AMX: 32 rows by 16 or 32 queries at a time. (AVX512-BF16's are no quicker than float32's.)
+// Products of bfloat16 by AMX: 32 rows by 1, 16 or 32 queries at a time. (AVX512-BF16's are no quicker than float32's.)
 #pragma once
 
 #include "knn_scan.h"
@@ -10,14 +10,16 @@ namespace {
 // Dimensions of a packed row: whole tiles.
 MC_INLINE int64_t packed_width(int64_t D) { return round_up(D, 32); }
 
-// Query q of a job in its place [q / 16][width / 2][q % 16][2]; returns what rounding lost, squared. AMX takes subnormals for 0.
-MC_INLINE double pack_query(bf16* packed, int64_t q, const double* from, double factor, int64_t D) {
+// Query q of a job in its place [q / 16][width / 2][q % 16][2], or one that is `alone`; returns what rounding lost, squared. AMX takes
+// subnormals for 0.
+MC_INLINE double pack_query(bf16* packed, int64_t q, bool alone, const double* from, double factor, int64_t D) {
   bf16* to = packed + q / 16 * packed_width(D) * 16 + q % 16 * 2;
+  const int64_t pair = alone ? 2 : 32;
   double lost = 0;
   for (int64_t d = 0; d < D; d++) {
     bf16 x = to_bf16((float)(factor * from[d]));
     if ((x.bits & 0x7f80) == 0) x.bits = 0;
-    to[d / 2 * 32 + d % 2] = x;
+    to[d / 2 * pair + d % 2] = x;
     const double e = (double)to_float(x) - factor * from[d];
     lost += e * e;
   }
@@ -48,11 +50,16 @@ MC_INLINE void load_config(const TileConfig& c) { __asm__ volatile("ldtilecfg %0
 // The tile registers while it lives; then what was configured before, which others may rely on.
 class Tiles {
  public:
-  explicit Tiles(bool wanted) : wanted_(wanted) {
+  explicit Tiles(const KnnArgs& a) : wanted_(a.tiles) {
     if (!wanted_) return;
     __asm__ volatile("sttilecfg %0" : "=m"(before_)::"memory");
     TileConfig c{1, 0, {}, {}, {}};
     for (int i = 0; i < 8; i++) c.bytes[i] = 64, c.rows[i] = 16;
+    if (a.chunk == 1) {
+      const int rest = a.D % 2 == 0 && a.D % 32 != 0 ? (int)(a.D % 32) : 32;  // rows of an odd D are copied to a width of whole tiles
+      c.bytes[0] = c.bytes[1] = c.bytes[6] = c.bytes[7] = 4;
+      c.bytes[2] = c.bytes[3] = (uint16_t)(2 * rest), c.rows[7] = (uint8_t)(rest / 2);
+    }
     load_config(c);
   }
   ~Tiles() {
@@ -69,7 +76,8 @@ class Tiles {
 };
 #define MC_TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t :::"memory")
 #define MC_TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"(stride) : "memory")
-#define MC_TILE_STORE(t, p) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((int64_t)64) : "memory")
+#define MC_TILE_STORE_BY(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((int64_t)(stride)) : "memory")
+#define MC_TILE_STORE(t, p) MC_TILE_STORE_BY(t, p, 64)
 #define MC_TILE_PRODUCTS(to, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #to :::"memory")
 
 MC_INLINE void settle_tile(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const float* sums, const float* info, int64_t q, int64_t row) {
@@ -126,9 +134,63 @@ MC_INLINE void by_tiles(const KnnArgs& a, const Job<float>& job, Lists<float>& l
   }
 }
 
+// One query's products with kGroup rows. Tiles 0, 1: sums of 16 rows each; 4, 5: rows; 6: the query; 2, 3, 7: the same of what D leaves over.
+MC_INLINE void by_rows(const Job<float>& job, const bf16* rows, int64_t stride, float* sums) {
+  const int64_t row = stride * 2, whole = stride / 32 * 64, pair = 4;
+  const char *upper = (const char*)rows, *lower = upper + 16 * row, *b = (const char*)job.packed;
+  MC_TILE_ZERO(0);
+  MC_TILE_ZERO(1);
+  int64_t d = 0;
+  for (; d < whole; d += 64) {
+    MC_TILE_LOAD(6, b + d, pair);
+    MC_TILE_LOAD(4, upper + d, row);
+    MC_TILE_PRODUCTS(0, 4, 6);
+    MC_TILE_LOAD(5, lower + d, row);
+    MC_TILE_PRODUCTS(1, 5, 6);
+  }
+  if (d < row) {
+    MC_TILE_LOAD(7, b + d, pair);
+    MC_TILE_LOAD(2, upper + d, row);
+    MC_TILE_PRODUCTS(0, 2, 7);
+    MC_TILE_LOAD(3, lower + d, row);
+    MC_TILE_PRODUCTS(1, 3, 7);
+  }
+  MC_TILE_STORE_BY(0, sums, pair);
+  MC_TILE_STORE_BY(1, sums + 16, pair);
+}
+
+// One query and a block of rows, many at a time: sums are not read while they are still on their way to the cache.
+MC_INLINE void products_of_one(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
+  constexpr int64_t kMany = 16 * kGroup;
+  const int64_t width = a.D % 2 == 0 ? a.D : packed_width(a.D);
+  alignas(64) float sums[kMany];
+  for (int64_t first = 0; first < block.n; first += kMany) {
+    const int64_t n = block.n - first < kMany ? block.n - first : kMany;
+    for (int64_t r = 0; r < n; r += kGroup) {
+      const bf16* rows = block.rows + (first + r) * a.D;
+      const int64_t m = n - r < kGroup ? n - r : kGroup;
+      if (m < kGroup || width != a.D) {
+        for (int64_t i = 0; i < m; i++) std::memcpy(copies + i * width, rows + i * a.D, (size_t)a.D * 2);
+        rows = copies;
+      }
+      by_rows(job, rows, width, sums + r);
+    }
+    const Vec<float> slack = splat(job.slack[0]);
+    for (int64_t r = 0; r < n; r += 16) {
+      const Vec<float> x = load(sums + r), info = load(block.info + first + r);
+      const Vec<float> s = a.metric == kL2 ? x + info : a.metric == kCosine ? x * info : x - info * slack;
+      for (uint32_t hits = below(s, splat(lists.theta[0])); hits; hits &= hits - 1) {
+        const int i = __builtin_ctz(hits);
+        lists.push(0, s[i], block.first + first + r + i);
+      }
+    }
+  }
+}
+
 // `info` has kGroup numbers more than the block has rows, NaN. Rows that cannot be read in place go to `copies` [kGroup, packed_width], zero
 // behind D.
 void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
+  if (a.chunk == 1) return products_of_one(a, job, lists, block, copies);
   const int64_t width = packed_width(a.D), vectors = job.lanes / 16;
   for (int64_t begin = 0; begin < vectors; begin += kPanel) {
     const int64_t end = begin + kPanel < vectors ? begin + kPanel : vectors;
@@ -149,7 +211,7 @@ void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, cons
 #else
 
 struct Tiles {
-  explicit Tiles(bool) {}
+  explicit Tiles(const KnnArgs&) {}
 };
 MC_INLINE void products(const KnnArgs&, const Job<float>&, Lists<float>&, const Block<float, bf16>&, bf16*) {}
 

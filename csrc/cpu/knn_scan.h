@@ -72,16 +72,17 @@ template <class C> struct Job {
   Pack<C>* lists;
 
   Job(const KnnArgs& a, char* base) : lanes(padded<C>(a.chunk)) {
-    take(base, packed, lanes * padded<C>(a.D));
+    take(base, packed, packed_rows(a) * padded<C>(a.D));
     take(base, theta, lanes), take(base, slack, lanes), take(base, error, lanes), take(base, state, lanes);
-    take(base, thetas, a.shards * lanes), take(base, sizes, a.shards * lanes), take(base, lists, a.shards * lanes * a.capacity);
+    take(base, thetas, a.shards * lanes), take(base, sizes, a.shards * lanes), take(base, lists, a.shards * a.chunk * a.capacity);
   }
+  MC_INLINE int64_t packed_rows(const KnnArgs& a) const { return a.lanes && a.chunk > 1 ? lanes : a.chunk; }
   template <class X> void take(char* base, X*& to, int64_t n) {
     to = (X*)(base + bytes);
     bytes += round_up(n * (int64_t)sizeof(X), 64);
   }
   Lists<C> shard(const KnnArgs& a, int64_t s) const {
-    return Lists<C>{thetas + s * lanes, sizes + s * lanes, lists + s * lanes * a.capacity, a.capacity, a.keep};
+    return Lists<C>{thetas + s * lanes, sizes + s * lanes, lists + s * a.chunk * a.capacity, a.capacity, a.keep};
   }
 };
 template <class C> MC_INLINE Job<C> job_of(const KnnArgs& a, int64_t job) { return Job<C>(a, a.scratch + (job - a.first) * a.scratch_size); }
@@ -297,9 +298,9 @@ template <class C, class S> void along(const KnnArgs& a, const Job<C>& job, int6
   for (; q + 4 <= queries; q += 4) along_panel<4, kAlongTile / 4>(a, job, lists, block, q, kAlongTile / 2 * row);
   if (q + 2 <= queries) along_panel<2, kAlongTile / 2>(a, job, lists, block, q, kAlongTile * row), q += 2;
   if (q == queries) return;
-  // As many streams as rows at a time: of short rows of float32, and from DRAM, 16 are quicker than 4.
+  // As many streams as rows at a time: of short rows of float32, and from DRAM, 16 are quicker than 8.
   if (sizeof(S) == sizeof(C) && row <= 1024 && a.N * row > kCached) along_panel<1, kAlongTile>(a, job, lists, block, q, 2 * kAlongTile * row);
-  else along_panel<1, 4>(a, job, lists, block, q, sizeof(S) < sizeof(C) || row <= 1024 ? kAhead : 0);
+  else along_panel<1, 8>(a, job, lists, block, q, sizeof(S) < sizeof(C) || row <= 1024 ? kAhead : 0);
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ void search(KnnArgs& a) {
     a.shards = threads == 1 || most < 2 ? 1 : a.shards < most ? a.shards : most;
   }
   a.lanes = MC_PICK(knn_lanes)(a);
-  a.tiles = a.mirror && a.chunk > 1 && has_tiles();
+  a.tiles = a.mirror && has_tiles();
   if (a.mirror && a.lanes && !a.tiles) a.mirror = nullptr;  // float32 products of the keys are as quick
   a.lanes |= a.tiles;
   a.keep = a.k + (a.mirror ? 64 + a.k / 4 : a.k > 128 ? a.k / 4 : 32);

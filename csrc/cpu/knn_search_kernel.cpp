@@ -15,7 +15,7 @@ template <class T> void prepare(const KnnArgs& a, int64_t begin, int64_t end) {
     const Job<C> job = job_of<C>(a, i);
     const Queries mine = queries_of(a, i);
     const int64_t vectors = job.lanes / L, Dp = padded<C>(a.D);
-    clear(job.packed, job.lanes * Dp);
+    clear(job.packed, job.packed_rows(a) * Dp);
     for (int64_t q = 0; q < job.lanes; q++) {
       job.theta[q] = -infinity<C>(), job.slack[q] = 0, job.error[q] = 0, job.state[q] = kLost;
       if (q >= mine.n) continue;
@@ -27,7 +27,7 @@ template <class T> void prepare(const KnnArgs& a, int64_t begin, int64_t end) {
       const double factor = a.metric == kCosine ? -norm_of<C>(n2).inverse : a.metric == kIp ? -1 : a.lanes ? -2 : 1;
       double lost = 0;  // by rounding, squared
       if (a.tiles) {
-        lost = pack_query((bf16*)job.packed, q, wide_q, factor, a.D);
+        lost = pack_query((bf16*)job.packed, q, a.chunk == 1, wide_q, factor, a.D);
       } else if (a.lanes) {
         const int64_t v = q / L;
         int64_t p = v * panels_of(vectors) / vectors;
@@ -57,20 +57,28 @@ template <class C> MC_INLINE C squared_norm(const C* row, int64_t D) {
   return sum<C>(s);
 }
 
-// A row's `info` from its squared norm; NaN where its products may overflow.
-template <class C> MC_INLINE C inform(const KnnArgs& a, C n2) {
-  if (a.metric == kL2) return n2;
+// A row's `info` from its squared norm, but for l2, where that is it; NaN where its products may overflow.
+template <class C> MC_INLINE C inform(bool ip, C n2) {
   if (!(n2 < (C)kHugeSquare<C>)) return (C)__builtin_nan("");
   const C norm = root(n2);
-  return a.metric == kIp ? norm : norm < (C)kEps ? (C)(1 / kEps) : 1 / norm;
+  return ip ? norm : norm < (C)kEps ? (C)(1 / kEps) : 1 / norm;
 }
 
 // A block's `info`. A finite row whose products may overflow is everybody's candidate.
 template <class C> MC_INLINE void describe(const KnnArgs& a, const C* rows, const C* norms, int64_t first, int64_t n, C* info, const Job<C>& job, int64_t queries, Lists<C>& lists) {
+  if (norms) copy(info, norms + first, n);
+  else
+    for (int64_t r = 0; r < n; r++) info[r] = squared_norm(rows + r * a.D, a.D);
+  if (a.metric == kL2) return;
+  const bool ip = a.metric == kIp;
+  bool huge = false;
   for (int64_t r = 0; r < n; r++) {
-    const C n2 = norms ? norms[first + r] : squared_norm(rows + r * a.D, a.D);
-    info[r] = inform(a, n2);
-    if (a.metric == kL2 || n2 < (C)kHugeSquare<C>) continue;
+    huge |= !(info[r] < (C)kHugeSquare<C>);
+    info[r] = inform(ip, info[r]);
+  }
+  if (!huge) return;
+  for (int64_t r = 0; r < n; r++) {
+    if (info[r] == info[r]) continue;
     C bad = 0;
     for (int64_t d = 0; d < a.D; d++) bad += rows[r * a.D + d] - rows[r * a.D + d];
     if (bad != 0) continue;
@@ -130,7 +138,8 @@ template <class T> struct Scan {
         C* wide = mirror ? widened : widened + i * a.D;
         if (!mirror || !norms) widen(wide, keys + row * a.D, a.D);
         if (mirror) copy(copied + i * a.D, mirror + row * a.D, a.D);
-        info[i] = inform(a, norms ? norms[row] : squared_norm<C>(wide, a.D));
+        const C n2 = norms ? norms[row] : squared_norm<C>(wide, a.D);
+        info[i] = a.metric == kL2 ? n2 : inform(a.metric == kIp, n2);
       }
       if (mirror) pass(sample, copied, 0, n);
       else pass(sample, widened, 0, n);
@@ -151,7 +160,11 @@ template <class T> struct Scan {
     const int64_t lo = n * s / a.shards, hi = n * (s + 1) / a.shards;
     const int64_t blocks = (hi - lo + size - 1) / size, step = blocks > 0 ? leap(blocks) : 0;
     seed(keys, norms, mirror, lo, hi);
-    for (int64_t j = 0, at = 0; j < blocks; j++, at = (at + step) % blocks) {
+    // Every other time the other way round: the blocks seen last are still in the cache.
+    static thread_local bool back = false;
+    back = !back;
+    for (int64_t j = 0; j < blocks; j++) {
+      const int64_t at = (back ? blocks - 1 - j : j) * step % blocks;
       const int64_t first = lo + at * size, m = hi - first < size ? hi - first : size;
       const C* rows = nullptr;
       if constexpr (__is_same(T, C)) {
@@ -178,10 +191,11 @@ template <class T> void scan(const KnnArgs& a, int64_t begin, int64_t end) {
   bf16 *copied, *copies;
   const int64_t group = a.tiles ? kGroup * packed_width(a.D) : 0;
   Arena arena([&](Arena& x) {
-    x.take(widened, a.mirror ? a.D : size * a.D), x.take(info, size + kGroup), x.take(copied, a.mirror ? size * a.D : 0), x.take(copies, group);
+    const int64_t copied_rows = a.mirror ? 1 : a.lanes || !__is_same(T, C) ? size : 0;
+    x.take(widened, copied_rows * a.D), x.take(info, size + kGroup), x.take(copied, a.mirror ? size * a.D : 0), x.take(copies, group);
   });
   clear(copies, group);
-  const Tiles tiles(a.tiles);
+  const Tiles tiles(a);
   for (int64_t i = begin; i < end; i++) {
     const Job<C> job = job_of<C>(a, i / a.shards);
     Scan<T>{a, size, widened, info, copied, copies, job, queries_of(a, i / a.shards), job.shard(a, i % a.shards)}.shard(i % a.shards);

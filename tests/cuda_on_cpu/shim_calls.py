@@ -54,12 +54,14 @@ def _huge(x: dict) -> None:
     x["keys"][::2] *= 1e22
 
 
-# Ties beyond what a list keeps, several shards, lists that are cut, columns in chunks; at the end no columns at all.
+# Ties beyond what a list keeps, several shards, lists that are cut, several tiles of queries, columns in chunks; at the end no columns at all.
 SEARCHES = [
     *(S(f"coarse_{m}", _coarse, {"k": 4, "metric": m}, B=2, N=150, W=3) for m in ("l2", "ip", "cosine")),
     *(S(f"many_{m}", None, {"k": 8, "metric": m}, B=9, N=350, W=5) for m in ("l2", "ip", "cosine")),
     S("N700_W40", None, {"k": 3}, A=2, B=5, N=700, W=40),
     S("few_N900_k40", None, {"k": 40}, B=3, N=900, W=3),
+    S("many_tiles", None, {"k": 3}, B=34, N=60, W=2),
+    S("few_tiles", None, {"k": 100}, B=6, N=150, W=3),
     *(S(f"huge_{m}", _huge, {"k": 3, "metric": m}, B=2, N=60) for m in ("ip", "cosine")),
     S("no_numbers", _no_numbers, {"k": 12, "metric": "cosine"}, B=3, N=10),
     S("W0", None, {"k": 3}, B=2, N=60, W=0),
