@@ -49,10 +49,10 @@ template <class T> void read(const KnnRead& a, int64_t begin, int64_t end) {
   }
 }
 
-// Asks for the key and value of a neighbour, [A, Q, K].
-template <class T> MC_INLINE void fetch(const KnnRead& a, int64_t place) {
+// Asks for the key and value of a neighbour, [A, Q, K], in the dictionary whose first row is `first`.
+template <class T> MC_INLINE void fetch(const KnnRead& a, int64_t first, int64_t place) {
   if (a.indices[place] < 0) return;
-  const int64_t row = place / (a.Q * a.k) * a.N + a.indices[place];
+  const int64_t row = first + a.indices[place];
   const auto lines = [](const T* p, int64_t n) {
     for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 0, 3);
   };
@@ -73,7 +73,7 @@ template <class T> struct Slopes {
     const int64_t first = i / a.Q * a.N;
     C *to_query = (C*)a.to_query + i * a.k, *to_key = (C*)a.to_key + i * a.k, *weight = (C*)a.weight + i * a.k;
     double n2;
-    for (int64_t j = 0; j < a.k; j++) fetch<T>(a, i * a.k + j);
+    for (int64_t j = 0; j < a.k; j++) fetch<T>(a, first, i * a.k + j);
     const bool lost = !wide_query(query, a.D, q, &n2);
     distance.start(a.metric, a.D, q, n2);
     for (int64_t j = 0; j < a.k; j++) {
@@ -144,15 +144,21 @@ template <class T> void slopes(const KnnRead& a, int64_t begin, int64_t end) {
 
 template <class T> void scatter(const KnnRead& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
+  constexpr bool same = __is_same(T, C);
+  const auto first_of = [&](int64_t i) { return a.A == 1 ? 0 : i / a.Q * a.N; };
   C *dk, *dv;
   Arena arena([&](Arena& x) { x.take(dk, a.D), x.take(dv, a.V); });
   for (int64_t u = begin; u < end; u++) {
-    if (u + 8 < end) fetch<T>(a, a.places[a.starts[u + 8]]);
-    fill(dk, a.D, (C)0), fill(dv, a.V, (C)0);
+    if (u + 8 < end) fetch<T>(a, first_of(a.places[a.starts[u + 8]] / a.k), a.places[a.starts[u + 8]]);
+    const int64_t to = a.targets ? a.targets[u] : u;
+    T *keys_to = (T*)a.dkeys + to * a.D, *values_to = (T*)a.dvalues + to * a.V;
+    if constexpr (same) dk = keys_to, dv = values_to;
+    fill(dk, a.D, (C)0);
+    if (a.kernel != kSearchAlone) fill(dv, a.V, (C)0);
     for (int64_t p = a.starts[u]; p < a.starts[u + 1]; p++) {
       const int64_t place = a.places[p], i = place / a.k;
       const T* query = (const T*)a.query + (a.query_stride ? i : i % a.Q) * a.D;
-      const T* key = (const T*)a.keys + (i / a.Q * a.N + a.indices[place]) * a.D;
+      const T* key = (const T*)a.keys + (first_of(i) + a.indices[place]) * a.D;
       const C x = ((const C*)a.to_query)[place], y = ((const C*)a.to_key)[place], w = ((const C*)a.weight)[place];
       if (a.metric == kL2 && x != 0) {
         for (int64_t d = 0; d < a.D; d++) dk[d] += x * (wide(query[d]) - wide(key[d]));
@@ -162,9 +168,10 @@ template <class T> void scatter(const KnnRead& a, int64_t begin, int64_t end) {
       }
       if (a.grad_output && w != 0) add_row(dv, w, (const T*)a.grad_output + i * a.V, a.V);
     }
-    const int64_t to = a.targets ? a.targets[u] : u;
-    put_row((T*)a.dkeys + to * a.D, dk, a.D);
-    if (a.kernel != kSearchAlone) put_row((T*)a.dvalues + to * a.V, dv, a.V);
+    if constexpr (!same) {
+      put_row(keys_to, dk, a.D);
+      if (a.kernel != kSearchAlone) put_row(values_to, dv, a.V);
+    }
   }
 }
 

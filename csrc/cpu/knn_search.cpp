@@ -147,22 +147,27 @@ KnnRead knn_reading(const Tensor& query, const Tensor& keys, const Tensor& indic
 
 Rows::Rows(const KnnRead& a) {
   constexpr int kDigit = 11;
+  int bits = 0;
+  while ((a.A * a.N - 1) >> bits > 0) bits++;
+  const int digit_bits = (int)up(bits, up(bits, kDigit) > 0 ? up(bits, kDigit) : 1);
   struct Use {
     int64_t row, place;
   };
   const int64_t per = a.Q * a.k;
   std::vector<Use> used, sorted;
   used.reserve((size_t)(a.A * per));
-  for (int64_t i = 0; i < a.A * per; i++)
-    if (a.indices[i] >= 0) used.push_back({i / per * a.N + a.indices[i], i});
+  for (int64_t d = 0; d < a.A; d++)
+    for (int64_t i = d * per; i < (d + 1) * per; i++)
+      if (a.indices[i] >= 0) used.push_back({d * a.N + a.indices[i], i});
   // By row, a digit at a time, which keeps the places of a row ascending.
   sorted.resize(used.size());
-  for (int shift = 0; a.A * a.N > 1 && (a.A * a.N - 1) >> shift; shift += kDigit) {
-    std::array<int64_t, 1 << kDigit> at{};
-    const auto digit = [&](const Use& use) { return (size_t)(use.row >> shift) % at.size(); };
+  std::array<int64_t, 1 << kDigit> at;
+  for (int shift = 0; shift < bits; shift += digit_bits) {
+    const auto digit = [&](const Use& use) { return (size_t)(use.row >> shift) % ((size_t)1 << digit_bits); };
+    std::fill_n(at.begin(), (size_t)1 << digit_bits, 0);
     for (const Use& use : used) at[digit(use)]++;
     int64_t sum = 0;
-    for (int64_t& n : at) sum += n, n = sum - n;
+    for (size_t i = 0; i < (size_t)1 << digit_bits; i++) sum += at[i], at[i] = sum - at[i];
     for (const Use& use : used) sorted[(size_t)at[digit(use)]++] = use;
     used.swap(sorted);
   }

@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "dlpack.h"
 #include "slot_table.h"
 
 namespace py = pybind11;
@@ -25,6 +26,33 @@ template <class T> bool finite(const T* x, int64_t n) {
     bad |= (bits & exponent) == exponent;
   }
   return !bad;
+}
+
+// torch.Tensor and its way to C; null before use_tensors, and where torch has none.
+const dlpack::Exchange* exchange = nullptr;
+PyTypeObject* tensor_type = nullptr;
+
+void use_tensors(py::type type, py::capsule capsule) {
+  const auto* api = capsule.get_pointer<const dlpack::Exchange>();
+  while (api && api->major != 1) api = api->older;
+  exchange = api, tensor_type = (PyTypeObject*)type.inc_ref().ptr();
+}
+
+// A contiguous tensor of the CPU, `width` columns (0: it is a vector); sets `n` to its rows, or, if it is set, wants so many. Null for all else.
+const void* rows_of(py::handle tensor, uint8_t code, int64_t bytes, int64_t width, int64_t& n) {
+  if (!exchange || Py_TYPE(tensor.ptr()) != tensor_type) return nullptr;
+  dlpack::Tensor t;
+  if (exchange->tensor_of(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const int dims = width ? 2 : 1;
+  if (t.device.type != dlpack::kCpu || t.dtype.code != code || t.dtype.bits != 8 * bytes || t.dtype.lanes != 1 || t.dims != dims) return nullptr;
+  if (n >= 0 && t.shape[0] != n) return nullptr;
+  if (width && t.shape[1] != width) return nullptr;
+  if (t.strides && ((width > 1 && t.strides[1] != 1) || (t.shape[0] > 1 && t.strides[0] != (width ? width : 1)))) return nullptr;
+  n = t.shape[0];
+  return n ? (const char*)t.data + t.offset : nullptr;
 }
 
 class Table {
@@ -104,6 +132,18 @@ class Table {
     };
     if (rings.element == 4) all((float*)rings.keys, (float*)rings.values);
     else all((double*)rings.keys, (double*)rings.values);
+  }
+
+  // The same of tensors, `hashes` may be None, if they are as plain as can be; else false, and nothing is written.
+  bool write_tensors(py::handle keys, py::handle values, py::handle hashes, int64_t dictionary, double alpha) {
+    if (dictionary < 0 || dictionary >= slots.A) return false;
+    int64_t n = -1;
+    const void* k = rows_of(keys, dlpack::kFloat, rings.element, rings.D, n);
+    const void* v = k ? rows_of(values, dlpack::kFloat, rings.element, rings.V, n) : nullptr;
+    const void* h = v && !hashes.is_none() ? rows_of(hashes, dlpack::kInt, 8, 0, n) : nullptr;
+    if (!v || (!h && !hashes.is_none())) return false;
+    write((uintptr_t)k, (uintptr_t)v, (uintptr_t)h, 0, dictionary, n, alpha, 0);
+    return true;
   }
 
   // How many writes updated, appended, replaced, and were rejected.
@@ -213,6 +253,7 @@ PYBIND11_MODULE(_store, m) {
     for (int64_t i = 0; i < rows; i++) to.mutable_at(i) = (int64_t)memcore::hash_bytes((const char*)data + i * size, size);
     return to;
   });
+  m.def("use_tensors", &memcore::use_tensors);
   py::class_<Table>(m, "SlotTable")
       .def(py::init<int64_t, int64_t>())
       .def("find", &Table::find)
@@ -227,5 +268,6 @@ PYBIND11_MODULE(_store, m) {
       .def("touch_at", &Table::touch_at)
       .def("bind", &Table::bind)
       .def("write", &Table::write)
+      .def("write_tensors", &Table::write_tensors)
       .def("written", &Table::written);
 }

@@ -16,6 +16,8 @@ UPDATED, APPENDED, REPLACED, REJECTED = range(4)
 try:
     compiled = import_module("memcore._store")
     missing = ""
+    if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        compiled.use_tensors(Tensor, Tensor.__dlpack_c_exchange_api__)
 except ImportError as e:
     compiled = None
     missing = (

@@ -154,7 +154,7 @@ class DND(Lookup, Changes, State):
 
     def _start(self) -> None:
         self._lock, self._fork = threading.RLock(), _forks
-        self.keys, self.values = self._rings.keys, self._rings.values
+        self.keys, self.values = self._both = self._rings.keys, self._rings.values
         self._bind()
 
     def _bind(self) -> None:
@@ -288,15 +288,13 @@ class DND(Lookup, Changes, State):
         """
         if self._fork != _forks or self._table is None:
             self._here("write")
-        dtype = self.dtype
-        if not (
-            type(keys) is Tensor and type(values) is Tensor and keys.dtype is dtype and values.dtype is dtype and keys.is_cpu and values.is_cpu
-            and len(shape := keys.shape) == 2 and shape[1] == self.key_width and values.shape == (shape[0], self.value_width)
-            and keys.is_contiguous() and values.is_contiguous()
-        ):  # fmt: skip
-            keys, values = self._entries(keys, values)
-            shape = keys.shape
-        n = shape[0]
+        if self._direct and self._log is None and self.searcher is None and (type(dictionary) is int or dictionary is None and self.dictionaries == 1):
+            with self._lock:  # the short way of plain tensors
+                if self.keys.grad is None and self.values.grad is None and self._table.write_tensors(keys, values, hashes, dictionary or 0, self.alpha):
+                    torch._C._increment_version(self._both)  # a backward that saved them raises
+                    return
+        keys, values = self._entries(keys, values)
+        n = len(keys)
         if hashes is not None:
             hashes = _table.as_hashes("DND.write", hashes, n)
         if dictionary is None:
@@ -316,7 +314,7 @@ class DND(Lookup, Changes, State):
                     keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(), 0 if which is None else which.data_ptr(),
                     a, n, self.alpha, 0 if placed is None else placed.data_ptr(),
                 )  # fmt: skip
-                torch._C._increment_version((self.keys, self.values))  # a backward that saved them raises
+                torch._C._increment_version(self._both)
             else:
                 placed = self._write_rows(keys, values, hashes, torch.full((n,), a) if which is None else which)
             if told and n:

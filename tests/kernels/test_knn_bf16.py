@@ -75,9 +75,12 @@ KINDS = ["normal", "clusters", "duplicates", "coarse", "far", "nearer and nearer
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_neighbours(way, metric, kind):
     """All numbers of queries and widths that leave rests in tiles, vectors and groups of rows."""
-    for N, D, Q, k in [(65, 1, 1, 5), (300, 2, 3, 50), (777, 31, 17, 10), (1000, 32, 33, 50), (2085, 33, 9, 1), (1999, 64, 130, 50), (900, 100, 40, 900)]:
+    sizes = [(65, 1, 1, 5), (300, 2, 3, 50), (777, 31, 17, 10), (1000, 32, 33, 50), (2085, 33, 9, 1), (1999, 64, 130, 50), (900, 100, 40, 900)]
+    alone = [(1000, D, 1, 40) for D in (2, 31, 32, 34, 63, 100, 128)] + [(3000, 784, 1, 50), (4100, 400, 1, 1)]  # one query has tiles of its own
+    for N, D, Q, k in sizes + alone:
         query, keys = vectors(kind, N, D, Q)
         same(query, keys, k, metric=metric)
+        same(query, keys, k, metric=metric)  # the other way round
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -209,6 +209,42 @@ def test_a_batch_is_its_entries_one_after_another(Store):
         assert batch.stats() == single.stats()
 
 
+class _Tensor(torch.Tensor):
+    """Not plain, so that it takes the long way."""
+
+
+def test_tensors_of_every_form_are_written_alike(Store):
+    """Plain tensors take a short way (write_tensors), all others and a store with a log or a searcher the long one."""
+    g = torch.Generator().manual_seed(0)
+    keys, values, hashes = torch.randn(6, 5, generator=g), torch.randn(6, 2, generator=g), torch.tensor([3, 1, 4, 1, 5, 9])
+    keys[4, 2] = float("nan")
+    forms = {
+        "plain": lambda t: t,
+        "later columns": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]] if t.dim() == 2 else torch.stack([t, t], 1)[:, 0],
+        "an offset": lambda t: torch.cat([t[:1], t])[1:],
+        "transposed": lambda t: t.t().contiguous().t(),
+        "of another type": lambda t: t.double() if t.is_floating_point() else t.view(torch.uint64),
+        "a leaf": lambda t: t.clone().requires_grad_() if t.is_floating_point() else t.tolist(),
+        "subclass": lambda t: t.as_subclass(_Tensor),
+    }
+    stores = {}
+    for name, form in forms.items():
+        stores[name] = store = Store(2, 4, 5, 2, dtype=torch.float32)
+        store.write(form(keys), form(values), form(hashes), dictionary=1)
+        store.write(form(keys[:1]), form(values[:1]), dictionary=0)
+        assert (store.stats().rejected, len(store)) == (1, 5), name
+    plain = stores["plain"]
+    assert plain.find([3, 1, 4, 5, 9], dictionary=1).tolist() == [0, 1, 2, -1, 3]
+    for name, store in stores.items():
+        for a, b in ((store.keys, plain.keys), (store.values, plain.values)):
+            assert torch.equal(a, b), name
+        assert store.find([3, 1, 4, 9], dictionary=1).tolist() == [0, 1, 2, 3], name
+    with pytest.raises(ValueError, match="'dictionary' must be"):
+        plain.write(keys, values, hashes, dictionary=2)
+    with pytest.raises(ValueError, match="'hashes' must have shape"):
+        plain.write(keys, values, hashes[1:], dictionary=1)
+
+
 def test_hashes(Store):
     rows = torch.randn(200, 7)
     hashes = hash_rows(rows)
