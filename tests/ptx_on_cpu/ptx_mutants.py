@@ -38,7 +38,7 @@ from ptx_machine import Site
 from ptx_program import Instruction, Program, is_warp_sync
 from ptx_suite import ROOT, Emulator, Record, emulated, missing, operators
 
-__all__ = ["COMMITTED", "EXCEPT", "THINNED", "Mutant", "judge", "launches", "mutants", "quick", "tally", "unproved", "verdicts", "versions", "whole"]
+__all__ = ["COMMITTED", "EXCEPT", "SEARCHES", "Mutant", "judge", "launches", "mutants", "quick", "tally", "unproved", "verdicts", "versions", "whole"]
 
 COMMITTED = ROOT / "results" / "gpu" / "mutants.json"
 _SCALAR = "one thread stores what every thread holds: the compiler's predicate saves stores"
@@ -97,9 +97,8 @@ EXTRA: dict[str, tuple[Sample, ...]] = {
 }
 
 
-# Searches have thousands of mutants: of the masks and shuffles of a place in a program the first and last one are judged, and others only until one of
-# the place is killed. Of knn_lookup's kernels those of the search are judged as knn_search's.
-THINNED = {"knn_search": (), "knn_lookup": ("knn_search_fwd_kernel_scan", "knn_search_fwd_kernel_finish")}
+# Searches have thousands of mutants. Of knn_lookup's kernels those of the search are judged as knn_search's.
+SEARCHES = {"knn_search": (), "knn_lookup": ("knn_search_fwd_kernel_scan", "knn_search_fwd_kernel_finish")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +140,7 @@ def launches(case: Case, samples: list[Sample]) -> list[list[Record]]:
         with emulated(emulator):
             run(case.function, case, sample, case.inputs(sample, torch.float32))
         for r in emulator.records:
-            if r.kernel not in THINNED.get(case.name, ()):
+            if r.kernel not in SEARCHES.get(case.name, ()):
                 found[id(r.kernel_object)].append(r)
     return list(found.values())
 
@@ -182,21 +181,13 @@ def tally(case: Case, samples: list[Sample], thin: bool = False) -> tuple[Counte
     for records in launches(case, samples):
         found = list(mutants(records[0].kernel_object.program))
         ends = {(m.kind, m.place): m for m in reversed(found)}, {(m.kind, m.place): m for m in found}
-        left = []
         for m in found:
             key = m.kind, m.place
             if thin and m.kind in ("mask", "shuffle") and m not in (ends[0][key], ends[1][key]):
-                left.append(m)
                 continue
             verdict = judge(m, records)
             total[records[0].kernel, m.kind, verdict] += 1
             places[key][verdict] += 1
-        for m in left if case.name in THINNED else ():
-            key = m.kind, m.place
-            if not places[key]["killed"]:
-                verdict = judge(m, records)
-                total[records[0].kernel, m.kind, verdict] += 1
-                places[key][verdict] += 1
     return total, places
 
 
@@ -215,7 +206,7 @@ def quick(case: Case) -> list[Sample]:
 
 
 def whole(case: Case) -> list[Sample]:
-    return [*(s for s in case.samples if case.name not in THINNED or s.sizes.get("N", 0) < 1000), *EXTRA.get(case.name, ())]
+    return [*(s for s in case.samples if case.name not in SEARCHES or s.sizes.get("N", 0) < 1000), *EXTRA.get(case.name, ())]
 
 
 def verdicts(total: Counter) -> dict[str, int]:
@@ -233,7 +224,7 @@ def main() -> None:
     table["versions"] = versions()
     for case in CASES:
         if case.name in operators("triton") and (not only or case.name in only):
-            every, places = tally(case, whole(case), thin=case.name in THINNED)
+            every, places = tally(case, whole(case))
             some, _ = tally(case, quick(case), thin=True)
             wrong = unproved(case, places)
             table["operators"][case.name] = {"all": verdicts(every), "quick": verdicts(some), "unproved": wrong}

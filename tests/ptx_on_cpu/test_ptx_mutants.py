@@ -10,10 +10,10 @@ from ptx_suite import missing, operators
 if missing("triton"):
     pytest.skip(missing("triton"), allow_module_level=True)
 
-from ptx_mutants import COMMITTED, THINNED, quick, tally, unproved, verdicts, versions, whole
+from ptx_mutants import COMMITTED, SEARCHES, quick, tally, unproved, verdicts, versions, whole
 
 TABLE = json.loads(COMMITTED.read_text())
-SLOW = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in THINNED else []) for c in CASES if c.name in operators("triton")]
+SLOW = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in SEARCHES else []) for c in CASES if c.name in operators("triton")]
 HAVE = [pytest.param(c, id=c.name) for c in CASES if c.name in operators("triton")]
 
 
@@ -41,6 +41,6 @@ def test_some_mutants(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HAVE)
 def test_every_mutant(case):
-    total, places = tally(case, whole(case), thin=case.name in THINNED)
+    total, places = tally(case, whole(case))
     assert unproved(case, places) == []
     check(case, "all", total)
