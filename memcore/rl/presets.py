@@ -21,8 +21,8 @@ AGENT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "dqn_model": _WIDE,
     },
     "Catch": {
-        "train": {**_TRAIN, "steps": 3_000, "learning_starts": 100, "eval_episodes": 20, "log_every": 100},
-        "nec": {**_NEC, "lr": 1e-3, "memory_lr": 1e-3},
+        "train": {**_TRAIN, "steps": 3_000, "learning_starts": 100, "eval_episodes": 20, "log_every": 100, "epsilon_end": 0.05, "epsilon_steps": 400},
+        "nec": {**_NEC, "period": 1, "lr": 1e-3, "memory_lr": 1e-3},
         "nec_model": {**_MLP, "capacity": 5_000, "neighbours": 3, "alpha": 0.5},
         "dqn": {**_DQN, "period": 1, "lr": 3e-3, "target_every": 25},
         "dqn_model": _MLP,
