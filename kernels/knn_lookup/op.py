@@ -113,13 +113,17 @@ def knn_lookup(
             raise ValueError(f"memcore.{_OP}: 'delta' must be > 0, got {delta}")
     if kernel == "inverse_distance" and metric == "ip":
         raise ValueError(f"memcore.{_OP}: 'kernel' must be 'softmax' or 'uniform' with metric 'ip', got 'inverse_distance'")
-    options = {"kernel": kernel, "delta": delta, "metric": metric, "count": rest[0]}
+    return checked_lookup((query, keys, values, *rest, k, METRICS.index(metric), KERNELS.index(kernel), float(delta)), sparse)
+
+
+def checked_lookup(args: tuple, sparse: bool) -> KnnLookup:
+    """`knn_lookup` of arguments that fit: those of the operator's schema."""
+    query, keys, values, count, _, _, _, k, metric, kernel, delta = args
     dense = not sparse or torch.compiler.is_compiling()
-    if not _backend.takes_kernel(_OP, query.device):
-        return reference.knn_lookup(query, keys, values, k, **options, sparse=not dense)
-    args = (query, keys, values, *rest, k, METRICS.index(metric), KERNELS.index(kernel), float(delta))
-    if dense:
+    kernels = _backend.takes_kernel(_OP, query.device)
+    if kernels and dense:
         return KnnLookup(*_fwd(*args))
-    if not _cuda.takes_rows(_OP, query, keys, k):
-        return reference.knn_lookup(query, keys, values, k, **options, sparse=True)
-    return KnnLookup(*call_sparse(_Sparse, _fwd, args, 3))
+    if kernels and _cuda.takes_rows(_OP, query, keys, k):
+        return KnnLookup(*call_sparse(_Sparse, _fwd, args, 3))
+    options = {"kernel": KERNELS[kernel], "delta": delta, "metric": METRICS[metric], "count": count}
+    return reference.knn_lookup(query, keys, values, k, **options, sparse=not dense)

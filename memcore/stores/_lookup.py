@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import KnnCache, KnnLookup, knn_lookup, knn_search
+from ..kernels.knn_lookup.op import KERNELS, METRICS, checked_lookup
 
 __all__ = ["Lookup"]
 
@@ -20,6 +21,9 @@ class Lookup:
 
     def _find(self, query: Tensor, k: int, which: Tensor | None) -> KnnLookup:
         r = self._rings
+        if which is None and self.searcher is None and query.dtype is self.dtype and query.device == r.keys.device:
+            kinds = METRICS.index(self.metric), KERNELS.index(self.kernel), float(self.delta)
+            return checked_lookup((query, r.keys, r.values, r.count, r.norms, r.mirror, r.rounding, k, *kinds), True)
         options = {"kernel": self.kernel, "delta": self.delta, "metric": self.metric, "sparse": True}
         if which is None and self.searcher is None:
             return knn_lookup(query, r.keys, r.values, k, count=r.count, cache=self._cache, **options)
