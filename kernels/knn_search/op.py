@@ -147,6 +147,19 @@ def _cache(op: str, cache: KnnCache | None, keys: Tensor, given: torch.dtype) ->
         return None, None, None
     if not isinstance(cache, KnnCache):
         raise TypeError(f"memcore.{op}: 'cache' must be a KnnCache, got {type(cache).__name__}")
+    norms, mirror, rounding = cache
+    shape, device, single = keys.shape, keys.device, keys.dtype is torch.float32
+    fits = (
+        single and (norms is None or (norms.dtype is torch.float32 and norms.shape == shape[:-1] and norms.device == device))
+        and (mirror is None or (mirror.dtype is torch.bfloat16 and mirror.shape == shape and mirror.device == device))
+        and (rounding is None or (rounding.dtype is torch.float32 and rounding.shape == shape[:-2] and rounding.device == device))
+    )  # fmt: skip
+    if not fits:
+        _check_cache(op, cache, keys)
+    return cache if single else (norms, None, None)
+
+
+def _check_cache(op: str, cache: KnnCache, keys: Tensor) -> None:
     wanted = torch.promote_types(keys.dtype, torch.float32)
     for name, t, sizes, dtype in (
         ("cache.norms", cache.norms, keys.shape[:-1], wanted),
@@ -161,7 +174,6 @@ def _cache(op: str, cache: KnnCache | None, keys: Tensor, given: torch.dtype) ->
             raise RuntimeError(f"memcore.{op}: {name!r} must be on the device of 'query' ({keys.device}), got {t.device}")
         if t.shape != sizes:
             raise ValueError(f"memcore.{op}: {name!r} must have shape {tuple(sizes)} to match 'keys' {tuple(keys.shape)}, got {tuple(t.shape)}")
-    return cache if keys.dtype == torch.float32 else (cache.norms, None, None)
 
 
 def sparse_rows(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
