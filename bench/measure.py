@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -73,7 +74,8 @@ def threads(count: int) -> Iterator[None]:
 def interleave(
     variants: Mapping[str, Callable[[], object]], *, wall: bool, seconds: float, least: int = 7, most: int = 60
 ) -> dict[str, Timing]:
-    """Time the variants in turn, round after round, so that whatever else the machine does hits all alike.
+    """Time the variants in turn, round after round in another order, so that whatever else the machine does, and whatever a variant leaves in the
+    caches, hits all alike.
 
     Args:
         variants: name -> a call.
@@ -97,15 +99,18 @@ def interleave(
     a_round = sum(n * each * (0.25 if name == CONTEXT else 1) for name, (n, each) in calls.items())
     rounds = max(least, min(most, int(seconds / a_round)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
+    names, order = list(variants), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            order.shuffle(names)
+            for name in names:
                 if name == CONTEXT and i % 4:
                     continue
                 call, n = variants[name], calls[name][0]
+                if n > 1:
+                    call()  # finds the caches as the variant before left them
                 start = clock()
                 for _ in range(n):
                     call()
