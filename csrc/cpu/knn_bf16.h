@@ -27,6 +27,8 @@ MC_INLINE double pack_query(bf16* packed, int64_t q, bool alone, const double* f
 }
 
 constexpr int64_t kGroup = 32;  // rows at a time
+constexpr int64_t kSecond = 3 << 19;  // bytes that the second cache holds
+constexpr int64_t kAlong = 8 << 10;   // of a group, from which one at a time is enough for the first
 constexpr int64_t kPanel = 8;   // vectors of queries that stay in the first cache while a block of rows goes by
 
 #if defined(__AVX512F__) && defined(__x86_64__)
@@ -162,12 +164,17 @@ MC_INLINE void by_rows(const Job<float>& job, const bf16* rows, int64_t stride, 
 // One query and a block of rows, many at a time: sums are not read while they are still on their way to the cache.
 MC_INLINE void products_of_one(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
   constexpr int64_t kMany = 16 * kGroup;
-  const int64_t width = a.D % 2 == 0 ? a.D : packed_width(a.D);
+  const int64_t width = a.D % 2 == 0 ? a.D : packed_width(a.D), group = kGroup * a.D * 2;
+  // Tiles are read across the rows. From beyond the second cache, groups are asked for along them: the next one, or this one if it is large.
+  const bool far = a.N * a.D * 2 > kSecond;
+  const int64_t ahead = group > kAlong ? 0 : group;
   alignas(64) float sums[kMany];
   for (int64_t first = 0; first < block.n; first += kMany) {
     const int64_t n = block.n - first < kMany ? block.n - first : kMany;
     for (int64_t r = 0; r < n; r += kGroup) {
       const bf16* rows = block.rows + (first + r) * a.D;
+      if (far)
+        for (int64_t i = 0; i < group; i += 64) __builtin_prefetch((const char*)rows + ahead + i, 0, 3);
       const int64_t m = n - r < kGroup ? n - r : kGroup;
       if (m < kGroup || width != a.D) {
         for (int64_t i = 0; i < m; i++) std::memcpy(copies + i * width, rows + i * a.D, (size_t)a.D * 2);

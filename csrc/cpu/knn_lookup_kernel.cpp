@@ -73,7 +73,6 @@ template <class T> struct Slopes {
     const int64_t first = i / a.Q * a.N;
     C *to_query = (C*)a.to_query + i * a.k, *to_key = (C*)a.to_key + i * a.k, *weight = (C*)a.weight + i * a.k;
     double n2;
-    for (int64_t j = 0; j < a.k; j++) fetch<T>(a, first, i * a.k + j);
     const bool lost = !wide_query(query, a.D, q, &n2);
     distance.start(a.metric, a.D, q, n2);
     for (int64_t j = 0; j < a.k; j++) {
@@ -101,6 +100,11 @@ template <class T> struct Slopes {
         for (int64_t x = 0; x < a.D; x++) dq[x] += own * wide(query[x]) - (C)both * wide(key[x]);
       }
     }
+  }
+
+  // Asks for the neighbours of an item.
+  void ask(int64_t i) const {
+    for (int64_t j = 0; j < a.k; j++) fetch<T>(a, i / a.Q * a.N, i * a.k + j);
   }
 
   // Adds what output and weights say to the slopes.
@@ -132,12 +136,16 @@ template <class T> void slopes(const KnnRead& a, int64_t begin, int64_t end) {
   Arena arena([&](Arena& x) {
     x.take(s.q, a.D), x.take(s.w, a.k), x.take(s.dw, a.k), x.take(s.slope, a.k), x.take(s.row, a.D), x.take(s.d, a.k), x.take(s.dq, a.D);
   });
+  const int64_t each = a.query_stride ? 1 : a.A;  // dictionaries that a query asks
+  const auto item = [&](int64_t x) { return a.query_stride ? x : x % each * a.Q + x / each; };
+  if (begin < end) s.ask(item(begin * each));
   for (int64_t i = begin; i < end; i++) {
     const T* query = (const T*)a.query + i * a.D;
     fill(s.dq, a.D, (C)0);
-    if (a.query_stride) s.neighbours(i, query);
-    else
-      for (int64_t b = 0; b < a.A; b++) s.neighbours(b * a.Q + i, query);
+    for (int64_t x = i * each; x < (i + 1) * each; x++) {
+      if (x + 1 < end * each) s.ask(item(x + 1));
+      s.neighbours(item(x), query);
+    }
     put_row((T*)a.dquery + i * a.D, s.dq, a.D);
   }
 }
