@@ -138,7 +138,7 @@ template <class T> void slopes(const KnnRead& a, int64_t begin, int64_t end) {
   });
   const int64_t each = a.query_stride ? 1 : a.A;  // dictionaries that a query asks
   const auto item = [&](int64_t x) { return a.query_stride ? x : x % each * a.Q + x / each; };
-  if (begin < end) s.ask(item(begin * each));
+  if (begin * each < end * each) s.ask(item(begin * each));
   for (int64_t i = begin; i < end; i++) {
     const T* query = (const T*)a.query + i * a.D;
     fill(s.dq, a.D, (C)0);

@@ -149,7 +149,7 @@ Rows::Rows(const KnnRead& a) {
   constexpr int kDigit = 11;
   int bits = 0;
   while ((a.A * a.N - 1) >> bits > 0) bits++;
-  const int digit_bits = (int)up(bits, up(bits, kDigit) > 0 ? up(bits, kDigit) : 1);
+  const int passes = bits > kDigit ? (int)up(bits, kDigit) : 1, digit_bits = (int)up(bits, passes);
   struct Use {
     int64_t row, place;
   };

@@ -166,3 +166,13 @@ def test_mixed_backends_agree_on_neighbours(operators):
         wanted = knn_lookup(query, keys, values, 50)
     assert torch.equal(found.indices, wanted.indices) and torch.equal(found.distances, wanted.distances)
     torch.testing.assert_close(found.output, wanted.output)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_dictionaries(backend, sparse):
+    """Queries that ask all of none get nothing, and zeros for a gradient."""
+    query, keys, values = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3), (0, 5, 3), (0, 5, 1)))
+    found = knn_lookup(query, keys, values, 2, sparse=sparse)
+    assert found.output.shape == (0, 2, 1)
+    dquery, dkeys, dvalues = torch.autograd.grad(found.output.sum(), (query, keys, values))
+    assert not dquery.any() and dkeys.shape == keys.shape and dvalues.shape == values.shape
