@@ -11,7 +11,7 @@ from .. import data, functional
 from . import measure
 from .runner import Run
 
-__all__ = ["knn"]
+__all__ = ["K", "check", "gaussian", "knn"]
 
 K, DELTA = 50, 1e-3
 GRID = {  # size -> (N, D) and the numbers of queries
@@ -34,7 +34,7 @@ class _Set(NamedTuple):
     query: Tensor
 
 
-def _gaussian(N: int, D: int, Q: int, seed: int) -> _Set:
+def gaussian(N: int, D: int, Q: int, seed: int) -> _Set:
     g = torch.Generator().manual_seed(seed)
     return _Set("Gaussian", torch.randn(N, D, generator=g), torch.randn(Q, D, generator=g))
 
@@ -57,11 +57,11 @@ def _nearest(query: Tensor, keys: Tensor, k: int) -> Tensor:
     return (query.double() - keys.double()).square().sum(1).sort().values[:k]
 
 
-def _check(name: str, shape: str, distances: Tensor, query: Tensor, keys: Tensor) -> None:
+def check(name: str, shape: str, distances: Tensor, query: Tensor, keys: Tensor, near: float = 1e-6) -> None:
     """Distances of the neighbours against float64; those by products cancel, so that they are right to the size of the numbers alone."""
     for i in dict.fromkeys((*range(min(CHECKED // 2, len(query))), *range(max(0, len(query) - CHECKED // 2), len(query)))):
         wanted = _nearest(query[i], keys, distances.shape[1])
-        room = 1e-6 * wanted if name.startswith("memcore") else 1e-4 * wanted + 1e-5 * (query[i].double().square().sum() + wanted)
+        room = near * wanted if name.startswith("memcore") else 1e-4 * wanted + 1e-5 * (query[i].double().square().sum() + wanted)
         if not ((distances[i].double() - wanted).abs() <= room + 1e-30).all():
             raise RuntimeError(f"memcore bench: the neighbours of {name} knn_search {shape} are wrong; nothing is timed")
 
@@ -105,13 +105,13 @@ def _search(run: Run, s: _Set, Q: int, k: int) -> None:
     found = {name: call() for name, call in calls.items()}
     share = (rescans() - before) / Q
     for name in ("memcore", "memcore bf16"):
-        _check(name, shape, found[name][0], query, keys)
-    _check("eager", shape, found["eager"][0] + query.square().sum(1, keepdim=True), query, keys)
+        check(name, shape, found[name][0], query, keys)
+    check("eager", shape, found["eager"][0] + query.square().sum(1, keepdim=True), query, keys)
     if not all(torch.equal(a, b) for a, b in zip(found["memcore"], found["memcore bf16"], strict=True)):
         raise RuntimeError(f"memcore bench: the neighbours of memcore bf16 knn_search {shape} are not those of memcore; nothing is timed")
     fast = _faiss(run, keys, query, k)
     if fast is not None:
-        _check("faiss", shape, fast(), query, keys)
+        check("faiss", shape, fast(), query, keys)
         calls["faiss"] = fast
     timings = run.time(calls, 1, 6)
     run.say(f"knn: {shape}: {100 * share:.3g} % of the queries were searched again by the float32 keys")
@@ -165,7 +165,7 @@ def knn(run: Run) -> None:
         for size in ("quick",) if run.quick else run.sizes:
             with torch.no_grad():
                 for (N, D), counts in QUICK if run.quick else GRID[size]:
-                    s = _gaussian(N, D, max(counts), run.seed)
+                    s = gaussian(N, D, max(counts), run.seed)
                     for Q in counts:
                         _search(run, s, Q, k)
                 for name in () if run.quick else REAL[size]:
@@ -177,7 +177,7 @@ def knn(run: Run) -> None:
                     for Q in REAL_QUERIES:
                         _search(run, s, Q, k)
             (N, D), _ = (QUICK if run.quick else GRID[size])[0]
-            backward.append(_backward(run, _gaussian(N, D, BACKWARD_QUERIES, run.seed), BACKWARD_QUERIES, k))
+            backward.append(_backward(run, gaussian(N, D, BACKWARD_QUERIES, run.seed), BACKWARD_QUERIES, k))
     if run.quick:
         return
     for row in backward:

@@ -1,4 +1,4 @@
-"""`memcore bench --device cuda`: operators, chained NTM steps and training steps on a GPU, timed by CUDA events.
+"""`memcore bench --device cuda`: operators, chained NTM steps, whole sequences, training steps and searches on a GPU, timed by CUDA events.
 
 Variants: memcore (what `auto` chooses), native and triton (each backend alone), memcore graph (its calls in a CUDA graph), eager (tuned
 PyTorch), compile (torch.compile of it), eager graph (its calls in a CUDA graph). Every variant is checked against the float64 reference
@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, backend
-from . import measure, runner
+from .. import _backend, backend, functional
+from . import bench_knn, measure, runner, sequence
 from .cases import CASES, SHAPES, STEPS, Shape, StepCase, check, runnable, tuples
 from .measure import Timing
 
 __all__ = ["SUITES", "VARIANTS", "Cuda", "environment", "markdown", "measure_all"]
 
 VARIANTS = ("memcore", "native", "triton", "memcore graph", "eager", "compile", "eager graph")
-SUITES = ("ops", "step", "train")
+SUITES = ("ops", "step", "sequence", "train", "knn")
 HUGE = Shape(64, 4, 16384, 64)  # a memory past every second-level cache
+KEYS = {"tiny": (300, 8), "small": (10_000, 64), "mid": (100_000, 64), "large": (500_000, 64), "huge": (2_000_000, 128)}  # size -> (N, D) of knn
+QUERIES = (1, 32, 512)
 SAMPLE_SECONDS = 1e-3  # a sample repeats a call until it takes about this long
 
 
@@ -202,30 +204,65 @@ def _op(run: Bench, case: Any, shape: Shape, dtype: torch.dtype, what: str) -> N
         run.add("ops", case.op, shape, dtype, kind, run.time(calls), bytes_=2 * moved + 3 * made + grads if backward else moved + made)
 
 
+def _inner(name: str) -> tuple[str, str]:
+    """Variant -> (what the CPU's suites call it, memcore's backend)."""
+    return name if name in ("eager", "compile") else "memcore", name if name in ("native", "triton") else "auto"
+
+
+def _variants(run: Bench, what: str, make: Callable[[str], Callable[[], object] | None]) -> dict[str, Callable[[], object]]:
+    """variant -> its call, of those that can be had here: `make(name)` checks it and gives the call, under the variant's backend."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name in run.variants:
+        if "graph" in name:
+            continue
+        inner, chosen = _inner(name)
+
+        def one(inner: str = inner, chosen: str = chosen) -> Callable[[], object] | None:
+            with backend(chosen):
+                call = make(inner)
+            return None if call is None else _through(chosen, call)
+
+        call = run.attempt(f"{name} of {what}", one)
+        if call is not None:
+            calls[name] = call
+    return calls
+
+
 def step(run: Bench, cases: Sequence[StepCase]) -> None:
     """`ntm_step` chained from Python, forward and backward through time; times are of one step."""
     for case in cases:
         what = f"ntm_step {case}"
-        chains: dict[str, Callable[[], object]] = {}
-        for name in run.variants:
-            if "graph" in name:
-                continue
-            inner = name if name in ("eager", "compile") else "memcore"
-            chosen = {"native": "native", "triton": "triton"}.get(name, "auto")
 
-            def make(inner: str = inner, chosen: str = chosen) -> Callable[[], object] | None:
-                with backend(chosen):
-                    made = runner.step_variants(case, [inner], run.seed, run.say, run.device.name)
-                return _through(chosen, made[inner].both) if inner in made else None
+        def make(inner: str, case: StepCase = case) -> Callable[[], object] | None:
+            made = runner.step_variants(case, [inner], run.seed, run.say, run.device.name)
+            return made[inner].both if inner in made else None
 
-            both = run.attempt(f"{name} of {what}", make)
-            if both is not None:
-                chains[name] = both
+        chains = _variants(run, what, make)
+
+        def timed(case: StepCase = case, what: str = what, chains: Mapping = chains) -> None:
+            # the least bytes: forward the memory in and out, backward the memory and its gradient in, a gradient out
+            run.add("step", "ntm_step", case, torch.float32, "fwd+bwd", run.time(run.calls(what, chains)), steps=case.T, bytes_=5 * case.memory_bytes)
+
         if chains:
+            run.attempt(what, timed)
+        run.device.settle()
 
-            def timed() -> None:  # the least bytes: forward the memory in and out, backward the memory and its gradient in, a gradient out
-                run.add("step", "ntm_step", case, torch.float32, "fwd+bwd", run.time(run.calls(what, chains)), steps=case.T, bytes_=5 * case.memory_bytes)
 
+def sequences(run: Bench, cases: Sequence[StepCase]) -> None:
+    """A whole NTM, LSTM controller included, over a sequence, forward and backward; times are of one time step."""
+    for case in cases:
+        what = f"NTM {case}"
+
+        def make(inner: str, case: StepCase = case) -> Callable[[], object] | None:
+            made = sequence.recurrences(case, [inner], run.seed, run.say, device=run.device.name)
+            return made[inner].both if inner in made else None
+
+        both = _variants(run, what, make)
+
+        def timed(case: StepCase = case, what: str = what, both: Mapping = both) -> None:
+            run.add("sequence", "NTM sequence", case, torch.float32, "fwd+bwd", run.time(run.calls(what, both)), steps=case.T)
+
+        if both:
             run.attempt(what, timed)
         run.device.settle()
 
@@ -234,25 +271,43 @@ def train(run: Bench, batches: Sequence[int]) -> None:
     """A whole training step of an NTM on copy, 41 time steps, Adam included."""
     for size in batches:
         what = f"training step, batch {size}"
-        steps: dict[str, Callable[[], object]] = {}
-        for name in run.variants:
-            if "graph" in name:
-                continue
-            inner = name if name in ("eager", "compile") else "memcore"
-            chosen = {"native": "native", "triton": "triton"}.get(name, "auto")
 
-            def make(inner: str = inner, chosen: str = chosen) -> Callable[[], object] | None:
-                with backend(chosen):
-                    made = runner.training_steps(size, [inner], run.seed, run.say, run.device.name)
-                return _through(chosen, made[inner]) if inner in made else None
+        def make(inner: str, size: int = size) -> Callable[[], object] | None:
+            return runner.training_steps(size, [inner], run.seed, run.say, run.device.name).get(inner)
 
-            one = run.attempt(f"{name} of {what}", make)
-            if one is not None:
-                steps[name] = one
+        steps = _variants(run, what, make)
         if steps:
             shape = f"copy B={size} T={2 * runner.COPY_LENGTH + 1} N=128 W=20 LSTM 100"
             run.attempt(what, lambda: run.add("train", "NTM", shape, torch.float32, "train step", run.time(run.calls(what, steps))))
         run.device.settle()
+
+
+def knn(run: Bench, sizes: Sequence[tuple[int, int]], queries: Sequence[int]) -> None:
+    """Exact search of the 50 nearest keys with known norms; eager is one matrix product and topk. Bytes: the keys once."""
+    for N, D in sizes:
+        drawn = bench_knn.gaussian(N, D, max(queries), run.seed)
+        keys, asked, k = drawn.keys.to(run.device.name), drawn.query.to(run.device.name), min(bench_knn.K, N)
+        cache = functional.knn_cache(keys)
+        for Q in queries:
+            query, what = asked[:Q].contiguous(), f"knn_search (N={N},D={D},Q={Q},K={k})"
+
+            def plain(query: Tensor = query) -> tuple[Tensor, Tensor]:
+                near = torch.addmm(cache.norms, query, keys.T, alpha=-2).topk(k, largest=False, sorted=True)
+                return near.values + query.square().sum(1, keepdim=True), near.indices
+
+            def make(inner: str, query: Tensor = query, what: str = what, plain: Callable = plain) -> Callable[[], object]:
+                call = plain if inner == "eager" else lambda: functional.knn_search(query, keys, k, cache=cache)
+                if inner == "compile":
+                    measure.fresh_compiler()
+                    call = torch.compile(plain, dynamic=False, fullgraph=True)
+                bench_knn.check(inner, what, call()[0], query, keys, near=1e-5)  # sums in whatever order the lanes have
+                return call
+
+            with torch.no_grad():
+                calls = _variants(run, what, make)
+                if calls:
+                    run.attempt(what, lambda: run.add("knn", "knn_search", what.partition(" ")[2], torch.float32, "fwd", run.time(run.calls(what, calls)), bytes_=keys.nbytes))
+            run.device.settle()
 
 
 def bandwidth(run: Bench) -> dict[str, float | None]:
@@ -313,8 +368,12 @@ def measure_all(
         ops(run, [HUGE if s == "huge" else SHAPES[s] for s in sizes], dtypes, only)
     if "step" in suites:
         step(run, [STEPS[s] for s in sizes if s in STEPS])
+    if "sequence" in suites:
+        sequences(run, [{**STEPS, **sequence.SEQUENCES}[s] for s in sizes if s in STEPS])
     if "train" in suites:
         train(run, batches)
+    if "knn" in suites:
+        knn(run, [KEYS[s] for s in sizes], QUERIES[:1] if run.quick else QUERIES)
     return {**report, "rows": run.rows, "missing": run.missing}
 
 

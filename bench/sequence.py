@@ -83,14 +83,14 @@ MODELS = {
 
 
 def recurrences(
-    case: StepCase, names: Iterable[str], seed: int = 0, say: Callable[[str], None] = print, kind: str = "NTM"
+    case: StepCase, names: Iterable[str], seed: int = 0, say: Callable[[str], None] = print, kind: str = "NTM", device: str = "cpu"
 ) -> dict[str, Recurrence]:
     """The variants, each checked against float64 (on the first two items where the case is large)."""
     about = MODELS[kind]
     torch.manual_seed(seed)
-    model = about.make(case)
+    model = about.make(case).to(device)
     g = torch.Generator().manual_seed(seed)
-    x, cotangent = torch.randn(case.T, case.B, about.X, generator=g), torch.randn(case.T, case.B, about.O, generator=g)
+    x, cotangent = (torch.randn(case.T, case.B, size, generator=g).to(device) for size in (about.X, about.O))
     some = slice(None) if case.B * case.N * case.W * case.T <= 2**23 else slice(0, 2)
     wide = copy.deepcopy(model).double()
     with backend("reference"):

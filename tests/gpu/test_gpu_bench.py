@@ -39,7 +39,7 @@ def test_everything_is_measured(device, monkeypatch):
     stand = Stand() if device == "cpu" else gpu.Cuda("cuda")
     report = gpu.measure_all(stand, gpu.SUITES, sizes=["tiny"], batches=[2], variants=variants, quick=True)
     report = json.loads(json.dumps(report))
-    assert {r["op"] for r in report["rows"]} == {*gpu.CASES, "ntm_step", "NTM"}
+    assert {r["op"] for r in report["rows"]} == {*gpu.CASES, "ntm_step", "NTM sequence", "NTM", "knn_search"}
     assert all(r["us_median"] > 0 and r["rounds"] >= 3 for r in report["rows"])
     got = {r["variant"] for r in report["rows"]}
     lacking = {"triton", *(["native"] if _backend.native is None else [])} if device == "cpu" else set()

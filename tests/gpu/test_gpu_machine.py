@@ -92,8 +92,8 @@ def test_the_second_device_while_the_first_is_current(backend, case):
 
 
 def room(bytes_: int) -> None:
-    free = torch.cuda.mem_get_info()[0]
     torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
     if free < bytes_:
         pytest.skip(f"needs {bytes_ / 2**30:.0f} GiB of free GPU memory, there are {free / 2**30:.0f}")
 
