@@ -44,7 +44,7 @@ class Cuda:
         if not torch.cuda.is_available():
             raise ValueError(f"memcore bench: '--device' must be there, got {name!r} without a CUDA device")
         self.name = name
-        torch.cuda.set_device(name)
+        torch.cuda.set_device(torch.device(name).index or 0)
 
     def sample(self, call: Callable[[], object], times: int) -> float:
         """Seconds a call, by events around `times` of them."""

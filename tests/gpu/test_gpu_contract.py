@@ -1,6 +1,7 @@
 """The contract of tests/cases.py on a GPU, on both backends and on what `auto` chooses: values, gradients, layouts, determinism, errors."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def check(case, sample, dtype, device):
     """One call forward and backward against the float64 reference."""
     x = moved(case.inputs(sample, dtype), device)
     before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in x.items()}
-    ys, grads = run(case.function, case, sample, x) if case.differentiable else (case.function(**x, **sample.options), {})
+    there = replace(sample, options=moved(sample.options, device))
+    ys, grads = run(case.function, case, there, x) if case.differentiable else (case.function(**x, **there.options), {})
     ys = (ys,) if isinstance(ys, Tensor) else ys
     settled(device)
     wanted, wanted_grads = expected(case, sample, dtype)

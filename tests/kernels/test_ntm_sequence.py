@@ -44,7 +44,7 @@ def gradients(f, tensors, flat, options, seed=1, only=None):
     flat = [t.detach().clone().requires_grad_() for t in flat]
     ys = call(f, tensors, flat, options)
     g = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in ys]
+    cotangents = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y) for y in ys]
     used = [(y, c) for i, (y, c) in enumerate(zip(ys, cotangents)) if y.requires_grad and only in (None, i)]
     leaves = [*tensors.values(), *flat]
     grads = torch.autograd.grad([y for y, _ in used], leaves, [c for _, c in used], allow_unused=True, materialize_grads=True)
