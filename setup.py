@@ -12,7 +12,7 @@ CXX, CXXFLAGS, MAX_JOBS as usual.
 Sources are found by pattern: `csrc/cpu/<op>_kernel.cpp` (no torch header) is compiled once per instruction set, into
 namespace memcore::MC_ISA; `csrc/cuda/*.cu` (no torch header) by nvcc; every other `csrc/**/*.cpp` once, those of csrc/cuda only
 with nvcc. torch is found, never imported: its stable ABI needs headers and libtorch_cpu alone, and one binary serves every torch
-from TORCH on and every CPython from 3.10 on. `memcore._store` (csrc/store: host-side classes) knows nothing of torch, but pybind11 has no
+from the one it was built with (or STABLE, if that is older) on, and every CPython from 3.10 on. `memcore._store` (csrc/store: host-side classes) knows nothing of torch, but pybind11 has no
 stable ABI: a wheel that holds it is for one version of CPython.
 """
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("MEMCORE_BUILD_NATIVE", "auto")
 SANITIZE = os.environ.get("MEMCORE_SANITIZE", "")
 CUDA = os.environ.get("MEMCORE_CUDA", "auto")
-TORCH = (2, 13)
+TORCH = (2, 11)  # the least torch
 ARCHES = ("80", "90", "100", "120")  # the last one as PTX, too, which later GPUs translate
 
 ISAS = {"baseline": []}
@@ -51,7 +51,16 @@ COMMON += [f"-DMC_HAS_{isa.upper()}=1" for isa in ISAS]
 KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 KERNEL += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]  # GCC 12 warns about its own AVX-512 intrinsics
 CUDA_KERNEL = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
-GLUE = ["-O2", f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"]
+STABLE = (2, 13)  # the stable ABI that is built for, or an older torch's own
+
+
+def torch_version() -> tuple[int, ...]:
+    return tuple(map(int, version("torch").split(".")[:2]))
+
+
+def glue_flags() -> list[str]:
+    major, minor = min(torch_version(), STABLE)
+    return ["-O2", f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
 
 
 def why_not_native() -> str | None:
@@ -65,7 +74,7 @@ def why_not_native() -> str | None:
             "torch is not importable at build time; install it first, then memcore without build isolation: "
             f'pip install "torch>={TORCH[0]}.{TORCH[1]}" && pip install --no-build-isolation .'
         )
-    if tuple(map(int, version("torch").split(".")[:2])) < TORCH:
+    if torch_version() < TORCH:
         return f"it needs torch >= {TORCH[0]}.{TORCH[1]}, found {version('torch')}"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "free-threaded Python has no stable ABI to build for"
@@ -239,7 +248,7 @@ def build_library() -> Path:
         if source.stem.endswith("_kernel"):
             objects += [compiled(source, [*KERNEL, *flags, f"-DMC_ISA={isa}"], isa) for isa, flags in ISAS.items()]
         else:
-            objects.append(compiled(source, [*GLUE, "-isystem", str(torch / "include")]))
+            objects.append(compiled(source, [*glue_flags(), "-isystem", str(torch / "include")]))
 
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
     if nvcc:

@@ -34,7 +34,7 @@ examples:
   memcore bench ops --op read --op sharpen --no-compile
   memcore bench step --size small --quick
   memcore bench step --base HEAD~3        the same with an earlier revision beside it (checkout only)
-  memcore bench ops step train --device cuda      on a GPU, timed by events, against eager, compile and eager in a CUDA graph; gpu.json in --out"""
+  memcore bench train step sequence knn ops --device cuda      on a GPU, timed by events, against eager, compile and eager in a CUDA graph; gpu.json in --out"""
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-naive", action="store_true", help="leave the vectorised and the commonly written form out")
     parser.add_argument("--quick", action="store_true", help="a few rounds at the least sizes: does it run? Nothing is kept without --out")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N; a GPU has suites ops, step and train, and a size huge")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N; a GPU has suites ops, step, sequence, train and knn, and a size huge")
     parser.add_argument("--out", metavar="DIR", help="folder of the rows (default: bench/results of a checkout, else ./bench-results)")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--plot", action="store_true", help="draw the figures afterwards")

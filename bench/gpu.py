@@ -187,8 +187,9 @@ def _op(run: Bench, case: Any, shape: Shape, dtype: torch.dtype, what: str) -> N
                 measure.fresh_compiler()
                 function = torch.compile(function, dynamic=False, fullgraph=True)
         else:
-            function = _through("auto" if name == "memcore" else name, case.memcore())
-        check(case, shape, name, function, inputs)
+            function = case.memcore()
+        with backend(_inner(name)[1]):
+            check(case, shape, name, function, inputs)
         return function
 
     functions = {n: run.attempt(f"{n} of {what}", lambda n=n: variant(n)) for n in run.variants if "graph" not in n}
@@ -199,7 +200,8 @@ def _op(run: Bench, case: Any, shape: Shape, dtype: torch.dtype, what: str) -> N
         made = _tensors_bytes(tuples(next(iter(functions.values()))(*inputs)))
     moved, grads = _tensors_bytes(inputs), _tensors_bytes(inputs[i] for i in case.diff)
     for backward in (False, True) if case.diff else (False,):
-        calls = run.calls(what, {n: runnable(case, f, inputs, backward) for n, f in functions.items()})
+        plain = {n: runnable(case, f, inputs, backward) for n, f in functions.items()}
+        calls = run.calls(what, {n: _through(_inner(n)[1], f) for n, f in plain.items()})  # the backward, too
         kind = "fwd+bwd" if backward else "fwd"
         run.add("ops", case.op, shape, dtype, kind, run.time(calls), bytes_=2 * moved + 3 * made + grads if backward else moved + made)
 
@@ -405,6 +407,30 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+TITLES = {"train": "A training step", "sequence": "A whole sequence", "step": "One time step", "ops": "Single operators", "knn": "Exact search"}
+
+
+def page(folder: Path) -> str:
+    """docs/gpu-benchmarks.md, from the reports of a card in `folder`."""
+    lines = [
+        "# Benchmarks on a GPU", "",
+        "Made by `python -m memcore.bench.gpu` from [results/gpu/h200](../results/gpu/h200). Microseconds, CUDA events, median of interleaved rounds in one process;",
+        "every variant was checked against float64 first. memcore: what `auto` chooses; native, triton: one backend alone; graph: the calls in a CUDA graph, where",
+        "the host costs nothing; eager: tuned PyTorch; compile: torch.compile of it. GB/s: the bytes that must move at the least, over the better time of memcore.", "",
+    ]  # fmt: skip
+    for name, title in TITLES.items():
+        report = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        driver = report["environment"]["nvidia-smi"][1].split(", ")[1]
+        lines += [f"## {title}", "", f"{report['note']} {report['environment']['date'][:10]}, driver {driver}.", "", markdown(report)]
+    times = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
+    lines += ["## Kernels by backend", "", times["note"], "", "| operator | (B, H, N, W) | native, us | triton, us | native / triton |", "|" + " --- |" * 5]
+    for op, shapes in times["us"].items():
+        for shape, by in shapes.items():
+            native, triton = (sum(by[b].values()) for b in ("native", "triton"))
+            lines.append(f"| {op} | {shape} | {native:.1f} | {triton:.1f} | {native / triton:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(args: Any, suites: Sequence[str], folder: str | Path) -> dict[str, Any]:
     """`memcore bench SUITES --device cuda`: print the table, keep the report as gpu.json in `folder` (unless None)."""
     wrong = [s for s in suites if s not in SUITES]
@@ -425,3 +451,8 @@ def main(args: Any, suites: Sequence[str], folder: str | Path) -> dict[str, Any]
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
     return report
+
+
+if __name__ == "__main__":
+    _root = Path(__file__).resolve().parents[1]
+    (_root / "docs" / "gpu-benchmarks.md").write_text(page(_root / "results" / "gpu" / "h200"), encoding="utf-8")

@@ -19,6 +19,10 @@
 
 #include "cpu/dtype.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace memcore {
 
 using torch::stable::Tensor;

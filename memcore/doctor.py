@@ -90,7 +90,7 @@ def _on_gpu(name: str, info: dict[str, Any]) -> str:
     if len(there) < 2:
         return there[0] if there else f"plain PyTorch ({'; '.join(gpu[b]['missing'] for b in having)})"
     found: dict[str, list[str]] = {}
-    for shape in ("rows", "block", "many", "few"):
+    for shape in ("rows", "block", "tiles", "vast"):
         ways = {way: _backend.preference(f"{name}_{short}", shape) for way, short in (("forward", "fwd"), ("backward", "bwd"))}
         firsts = {way: p.first for way, p in ways.items() if p is not None}
         for way, first in firsts.items():
@@ -197,7 +197,7 @@ def text(report: dict[str, Any]) -> str:
         *(f"{where}: {reason}" for where, reason in gpu["unusable"].items()),
         f"self-check: {report['self_check']}",
         "",
-        "operators (on GPUs by shape: weights alone are rows; a memory that one block holds; larger ones in many or few batch elements):",
+        "operators (on GPUs by shape: weights alone are rows; a memory that one block holds; larger ones, by tiles; those of a vast batch):",
     ]
     by_place: dict[tuple[str, str], list[str]] = {}
     for name, places in report["operators"].items():

@@ -34,17 +34,20 @@ struct Similarity {
   }
   __device__ bool usable(int n) const { return !mask || mask[n]; }
 
+  // Of the keys, which are in place and visible.
+  __device__ void key_norms() {
+    const int lane = threadIdx.x & 31;
+    for (int h = threadIdx.x >> 5; h < H; h += kWarps) {
+      float k2 = 0;
+      for (int w = lane; w < W; w += 32) k2 += key[(int64_t)h * W + w] * key[(int64_t)h * W + w];
+      k2 = group_sum(k2, 32);
+      if (lane == 0) ik[h] = inverse_norm(k2);
+    }
+  }
   // Keys are in place (not yet visible to all). Leaves everything visible.
   template <class T> __device__ void forward(const T* rows) {
     __syncthreads();
-    const int lane = threadIdx.x & 31;
-    if (cosine)
-      for (int h = threadIdx.x >> 5; h < H; h += kWarps) {
-        float k2 = 0;
-        for (int w = lane; w < W; w += 32) k2 += key[(int64_t)h * W + w] * key[(int64_t)h * W + w];
-        k2 = group_sum(k2, 32);
-        if (lane == 0) ik[h] = inverse_norm(k2);
-      }
+    if (cosine) key_norms();
     dots(
         rows, N, W, key, H, cosine, [&](int h, int n, float x) { sim[(int64_t)h * N + n] = usable(n) ? x : 0; },
         [&](int n, float x) { im[n] = usable(n) ? inverse_norm(x) : 0; });
@@ -134,6 +137,7 @@ __device__ inline void similarity_rows_of(
       float acc[HC];
 #pragma unroll
       for (int j = 0; j < HC; j++) acc[j] = 0;
+#pragma unroll 4
       for (int first = cols.first(); first < s.N; first += cols.step) {
         const int n = cols.row(first);
         if (n >= s.N || w >= s.W) continue;
@@ -263,6 +267,10 @@ template <class T> struct Heads {
   // Parameters are in place (not yet visible). Leaves the weights visible to all.
   template <bool BACKWARD> __device__ void forward(const T* rows) {
     s.forward(rows);
+    focus<BACKWARD>();
+  }
+  // From the similarities on.
+  template <bool BACKWARD> __device__ void focus() {
     Team team(s.H, slots);
     for (int h0 = 0; h0 < s.H; h0 += team.count) {
       const int h = h0 + team.index, at = least(h, s.H - 1), count = h < s.H ? s.N : 0;

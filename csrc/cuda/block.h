@@ -170,6 +170,7 @@ template <int HC, class T, class Put, class Own>
 __device__ inline void dots_of(const T* rows, int N, int W, const float* vec, int H, bool norms, Put put, Own own) {
   const int lanes = dot_lanes(W), lane = threadIdx.x & (lanes - 1), step = kThreads / lanes;
   // The loop's bounds are the warp's, because all of it takes part in the sums.
+#pragma unroll 2
   for (int first = (threadIdx.x & ~31u) / lanes; first < N; first += step) {
     const int n = first + (threadIdx.x & 31) / lanes;
     const T* row = rows + (int64_t)n * W;

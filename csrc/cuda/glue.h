@@ -4,6 +4,7 @@
 // CUDA tensor gets is chosen in Python. The tests build the same glue over the CPU shim (MC_ON_CPU) and register it for CPU tensors.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../common.h"
@@ -41,7 +42,18 @@ class OnDevice {
 #else
   explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
   int64_t index() const { return index_; }
-  void* stream() const { return torch::stable::accelerator::getCurrentStream(index_).nativeHandle(); }
+  void* stream() const {
+#if TORCH_TARGET_VERSION >= 0x020d000000000000
+    return torch::stable::accelerator::getCurrentStream(index_).nativeHandle();
+#else  // Only libtorch_cuda tells, which this library must not need: torch has loaded it where there is a CUDA tensor.
+    using Current = AOTITorchError (*)(int32_t, void**);
+    static const Current current = (Current)dlsym(dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream");
+    if (!current) fail("memcore: libtorch_cuda.so does not tell the current stream");
+    void* found = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(current(index_, &found));
+    return found;
+#endif
+  }
   void check(const char* op, int64_t error) const {
     if (error) fail(std::string("memcore.") + op + ": CUDA error: " + mc_error_string(error));
   }

@@ -23,27 +23,44 @@ struct InterfaceLayout {
 __device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 __device__ inline float softplus(float x) { return fmaxf(x, 0) + log1pf(expf(-fabsf(x))) + (x != x ? x : 0); }
 
+// Head h's numbers of x [I] to place i, by one thread.
+template <class T> __device__ inline void activate_head(const Heads<T>& heads, int i, const T* x, const InterfaceLayout& l, int h) {
+  heads.beta[i] = softplus(wide(x[l.strength(h)]));
+  heads.gate[i] = sigmoid(wide(x[l.gate(h)]));
+  heads.gamma[i] = 1 + softplus(wide(x[l.gamma(h)]));
+  const T* s = x + l.shift(h);
+  float top = wide(s[0]), total = 0;
+  for (int j = 1; j < l.S; j++) top = fmaxf(top, wide(s[j]));
+  for (int j = 0; j < l.S; j++) total += heads.shift[i * l.S + j] = expf(wide(s[j]) - top);
+  for (int j = 0; j < l.S; j++) heads.shift[i * l.S + j] /= total;
+}
+// From the gradient of the shift's weights p to that of their logits.
+template <class T> __device__ inline void shift_logits(T* dx, const float* p, const float* d, int S) {
+  float mean = 0;
+  for (int j = 0; j < S; j++) mean += p[j] * d[j];
+  for (int j = 0; j < S; j++) dx[j] = narrow<T>(p[j] * (d[j] - mean));
+}
+
+// x [I] to keys [H, W]; visible after the next barrier.
+template <class T> __device__ inline void load_keys(float* key, const T* x, const InterfaceLayout& l) {
+  const int lane = threadIdx.x & 31, H = l.R + l.Hw;
+  for (int h = threadIdx.x >> 5; h < H; h += kWarps)
+    for (int w = lane; w < l.W; w += 32) key[(int64_t)h * l.W + w] = wide(x[l.head(h) + w]);
+}
+// x [I] to erase and add [Hw, W]; visible after the next barrier.
+template <class T> __device__ inline void load_writes(float* erase, float* add, const T* x, const InterfaceLayout& l) {
+  const int lane = threadIdx.x & 31;
+  for (int i = threadIdx.x >> 5; i < l.Hw; i += kWarps)
+    for (int w = lane; w < l.W; w += 32) {
+      erase[(int64_t)i * l.W + w] = sigmoid(wide(x[l.erase(i) + w]));
+      add[(int64_t)i * l.W + w] = wide(x[l.add(i) + w]);
+    }
+}
 // x [I] to the heads' parameters, erase and add [Hw, W]; visible after the next barrier.
 template <class T> __device__ inline void activate(const Heads<T>& heads, float* erase, float* add, const T* x, const InterfaceLayout& l) {
-  const int H = l.R + l.Hw, W = l.W;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int h = warp; h < H; h += kWarps)
-    for (int w = lane; w < W; w += 32) heads.s.key[(int64_t)h * W + w] = wide(x[l.head(h) + w]);
-  for (int i = warp; i < l.Hw; i += kWarps)
-    for (int w = lane; w < W; w += 32) {
-      erase[(int64_t)i * W + w] = sigmoid(wide(x[l.erase(i) + w]));
-      add[(int64_t)i * W + w] = wide(x[l.add(i) + w]);
-    }
-  for (int h = threadIdx.x; h < H; h += kThreads) {
-    heads.beta[h] = softplus(wide(x[l.strength(h)]));
-    heads.gate[h] = sigmoid(wide(x[l.gate(h)]));
-    heads.gamma[h] = 1 + softplus(wide(x[l.gamma(h)]));
-    const T* s = x + l.shift(h);
-    float top = wide(s[0]), total = 0;
-    for (int j = 1; j < l.S; j++) top = fmaxf(top, wide(s[j]));
-    for (int j = 0; j < l.S; j++) total += heads.shift[h * l.S + j] = expf(wide(s[j]) - top);
-    for (int j = 0; j < l.S; j++) heads.shift[h * l.S + j] /= total;
-  }
+  load_keys(heads.s.key, x, l);
+  load_writes(erase, add, x, l);
+  for (int h = threadIdx.x; h < l.R + l.Hw; h += kThreads) activate_head(heads, h, x, l, h);
 }
 
 }  // namespace cuda

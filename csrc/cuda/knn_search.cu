@@ -8,7 +8,7 @@
 namespace memcore {
 namespace cuda {
 
-constexpr int kChunk = 32, kStride = kChunk + 1;  // columns of a tile at a time; its rows lie apart, so that columns lie in different banks
+constexpr int kChunk = 32, kStride = kChunk + 4;  // columns of a tile at a time; its rows lie apart, so that four columns of each lie in different banks
 
 // How a search is cut up.
 struct KnnPlan {
@@ -23,7 +23,7 @@ struct KnnLaunch {
 };
 
 constexpr int kManyQueries = 32, kManyRows = 128, kFewQueries = 4, kFewRows = 256;
-constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H100
+constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H100, at the most: one more would run alone
 
 inline int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t power(int64_t n) {
@@ -38,8 +38,8 @@ inline KnnPlan knn_plan(const KnnArgs& a) {
   const int64_t rows = p.many ? kManyRows : kFewRows;
   p.capacity = power(p.keep + rows), p.room = power(p.keep + kThreads);
   p.tiles = up(a.Q, p.many ? kManyQueries : kFewQueries);
-  const int64_t worth = up(a.N, 4 * p.keep > rows ? 4 * p.keep : rows), wanted = up(kBlocks, a.A * p.tiles);
-  p.shards = worth < wanted ? worth : wanted;
+  const int64_t worth = up(a.N, 4 * p.keep > rows ? 4 * p.keep : rows), lists = a.A * p.tiles;
+  p.shards = least(worth, lists > 0 && lists < kBlocks ? kBlocks / lists : 1);
   p.direct = a.N <= p.keep;
   return p;
 }
@@ -62,11 +62,16 @@ struct Warp {
   int rank, size = 32;
   __device__ Warp() : rank(threadIdx.x & 31) {}
   __device__ void sync() const { __syncwarp(); }
+  // Lists that are shared out.
+  __device__ int first() const { return threadIdx.x >> 5; }
+  __device__ int step() const { return kWarps; }
 };
 struct Block {
   int rank, size = kThreads;
   __device__ Block() : rank(threadIdx.x) {}
   __device__ void sync() const { __syncthreads(); }
+  __device__ int first() const { return 0; }
+  __device__ int step() const { return 1; }
 };
 
 // Leaves the `keep` least of a list's `size` candidates, in order, and nobody behind them in its first `keep` places; `capacity` is a power of two.
@@ -115,8 +120,12 @@ __device__ inline float score(int64_t metric, float sum, float n2, float error) 
   return is_finite(s) ? s : infinity();
 }
 
-// A thread has 4 queries and ROWS / (256 / COLUMNS) rows of the tile.
-template <class T, int COLUMNS, int ROWS> __device__ void knn_scan(const KnnLaunch& launch) {
+struct alignas(16) Four {
+  float v[4];
+};
+
+// A thread has 4 queries and ROWS / (256 / COLUMNS) rows of the tile; a list is sorted by a warp, few of them by the whole block.
+template <class T, int COLUMNS, int ROWS, class Lists> __device__ void knn_scan(const KnnLaunch& launch) {
   constexpr int RQ = 4, QUERIES = COLUMNS * RQ, STEP = kThreads / COLUMNS, RR = ROWS / STEP;
   MC_DYN_SHARED(shared);
   const KnnArgs& a = launch.a;
@@ -129,6 +138,7 @@ template <class T, int COLUMNS, int ROWS> __device__ void knn_scan(const KnnLaun
   const int warp = threadIdx.x / 32, keep = (int)p.keep, capacity = (int)p.capacity;
   const float error = (float)relative_error(a.D);
   const Warp team;
+  const Lists lists;
 
   for (int q = warp; q < QUERIES; q += kWarps) {
     double n2 = 0;
@@ -159,25 +169,29 @@ template <class T, int COLUMNS, int ROWS> __device__ void knn_scan(const KnnLaun
       }
       __syncthreads();
       const float *row = block.rows + threadIdx.x / COLUMNS * kStride, *query = block.queries + threadIdx.x % COLUMNS * kStride;
-#pragma unroll 4
-      for (int d = 0; d < kChunk; d++) {
-        float x[RQ], k[RR];
+#pragma unroll 2
+      for (int d = 0; d < kChunk; d += 4) {
+        Four x[RQ], k[RR];
 #pragma unroll
-        for (int j = 0; j < RQ; j++) x[j] = query[j * COLUMNS * kStride + d];
+        for (int j = 0; j < RQ; j++) x[j] = *(const Four*)(query + j * COLUMNS * kStride + d);
 #pragma unroll
-        for (int i = 0; i < RR; i++) k[i] = row[i * STEP * kStride + d];
+        for (int i = 0; i < RR; i++) k[i] = *(const Four*)(row + i * STEP * kStride + d);
         if (a.metric == kL2) {
 #pragma unroll
-          for (int i = 0; i < RR; i++)
+          for (int e = 0; e < 4; e++)
 #pragma unroll
-            for (int j = 0; j < RQ; j++) sum[i][j] += (x[j] - k[i]) * (x[j] - k[i]);
+            for (int i = 0; i < RR; i++)
+#pragma unroll
+              for (int j = 0; j < RQ; j++) sum[i][j] += (x[j].v[e] - k[i].v[e]) * (x[j].v[e] - k[i].v[e]);
         } else {
 #pragma unroll
-          for (int i = 0; i < RR; i++) {
-            n2[i] += k[i] * k[i];
+          for (int e = 0; e < 4; e++)
 #pragma unroll
-            for (int j = 0; j < RQ; j++) sum[i][j] += x[j] * k[i];
-          }
+            for (int i = 0; i < RR; i++) {
+              n2[i] += k[i].v[e] * k[i].v[e];
+#pragma unroll
+              for (int j = 0; j < RQ; j++) sum[i][j] += x[j].v[e] * k[i].v[e];
+            }
         }
       }
     }
@@ -192,26 +206,26 @@ template <class T, int COLUMNS, int ROWS> __device__ void knn_scan(const KnnLaun
       }
     }
     __syncthreads();
-    for (int q = warp; q < QUERIES; q += kWarps) {
+    for (int q = lists.first(); q < QUERIES; q += lists.step()) {
       const int size = block.size[q];
       if (size > capacity - ROWS) {
         uint64_t* list = block.lists + (int64_t)q * capacity;
-        select(team, list, size, capacity);
-        if (team.rank == 0) block.size[q] = least(size, keep), block.theta[q] = list[keep - 1];
+        select(lists, list, size, capacity);
+        if (lists.rank == 0) block.size[q] = least(size, keep), block.theta[q] = list[keep - 1];
       }
     }
   }
   __syncthreads();
-  for (int q = warp; q < QUERIES; q += kWarps) {
+  for (int q = lists.first(); q < QUERIES; q += lists.step()) {
     if (q0 + q >= a.Q) continue;
     uint64_t* list = block.lists + (int64_t)q * capacity;
-    select(team, list, block.size[q], capacity);
+    select(lists, list, block.size[q], capacity);
     uint64_t* to = launch.lists + ((b * a.Q + q0 + q) * keep) * p.shards + shard;
-    for (int i = team.rank; i < keep; i += 32) to[i * p.shards] = list[i];
+    for (int i = lists.rank; i < keep; i += lists.size) to[i * p.shards] = list[i];
   }
 }
-template <class T> MC_KERNEL knn_scan_few_kernel(KnnLaunch launch) { knn_scan<T, 1, kFewRows>(launch); }
-template <class T> MC_KERNEL knn_scan_many_kernel(KnnLaunch launch) { knn_scan<T, 8, kManyRows>(launch); }
+template <class T> MC_KERNEL knn_scan_few_kernel(KnnLaunch launch) { knn_scan<T, 1, kFewRows, Block>(launch); }
+template <class T> MC_KERNEL knn_scan_many_kernel(KnnLaunch launch) { knn_scan<T, 8, kManyRows, Warp>(launch); }
 
 // ---- the finish ----
 

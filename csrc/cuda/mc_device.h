@@ -4,6 +4,7 @@
 //   mc_launch(kernel, blocks, threads, shared, device, stream, args)   kernel(args), one plain struct by value; the runtime's error code
 //   mc_shared_limit(device)                                            bytes of shared memory a block may have
 //   MC_KERNEL                                                          heads a kernel's definition
+//   MC_KERNEL_TWO                                                      the same where two blocks to a multiprocessor hide more than registers gain
 //   MC_DYN_SHARED(name)                                                the block's dynamic shared memory, a char*, 16-byte aligned
 //   MC_ARRAY(X, at, n)                                                 n X of the block's from address `at` on
 #pragma once
@@ -19,6 +20,7 @@
 
 // One block an SM must fit: without this ptxas spills to make room for more.
 #define MC_KERNEL __global__ void __launch_bounds__(256, 1)
+#define MC_KERNEL_TWO __global__ void __launch_bounds__(256, 2)
 #define MC_DYN_SHARED(name)                                 \
   extern __shared__ __align__(16) char mc_dynamic_shared[]; \
   char* name = mc_dynamic_shared

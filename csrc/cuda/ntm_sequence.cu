@@ -28,7 +28,7 @@ __device__ inline void product(const float* x, const float* w, const float* bias
     float acc[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; j++) acc[j] = 0;
-#pragma unroll 2
+#pragma unroll 8
     for (int k = warp; k < K; k += kWarps) {
       const float* row = w + (int64_t)k * N;
       const float v = x[k];

@@ -1,5 +1,5 @@
-// One NTM time step: one launch forward, one backward, a block for each batch element. Where the memory fits shared memory it is read
-// once; else the forward reads it twice and the backward three times. The backward keeps nothing of the forward but its inputs.
+// One NTM time step. Small memories: one launch forward, one backward, a block for each batch element, which reads its memory once. Larger ones go by
+// tiles (ntm_step_tiles.cu). The backward keeps nothing of the forward but its inputs.
 #include "ntm_step.h"
 
 #include "interface.h"
@@ -91,12 +91,7 @@ template <class T, bool SPILL> MC_KERNEL ntm_step_bwd_kernel(StepLaunch launch) 
     dx[l.gate(h)] = narrow<T>(dgate * g * (1 - g));
     dx[l.gamma(h)] = narrow<T>(dgamma * sigmoid(wide(x[l.gamma(h)])));
   });
-  for (int h = threadIdx.x; h < heads.s.H; h += kThreads) {
-    const float *p = heads.shift + h * l.S, *d = heads.dshift + h * l.S;
-    float mean = 0;
-    for (int j = 0; j < l.S; j++) mean += p[j] * d[j];
-    for (int j = 0; j < l.S; j++) dx[l.shift(h) + j] = narrow<T>(p[j] * (d[j] - mean));
-  }
+  for (int h = threadIdx.x; h < heads.s.H; h += kThreads) shift_logits(dx + l.shift(h), heads.shift + h * l.S, heads.dshift + h * l.S, l.S);
 
   T* dmemory = (T*)a.dmemory + b * a.N * a.W;
   similarity_rows(
@@ -123,21 +118,23 @@ template <class T> int64_t step_bwd(const StepArgs& a, void* stream) {
   auto* kernel = p.spill ? ntm_step_bwd_kernel<T, true> : ntm_step_bwd_kernel<T, false>;
   return mc_launch(kernel, a.B, kThreads, p.shared, a.device, stream, StepLaunch{a, p});
 }
+int64_t step_workspace(const StepArgs& a, bool backward) {
+  if (step_by_tiles(a, backward)) return step_tiles_workspace(a, backward);
+  return with_type(a.dtype, [&](auto t) { return a.B * step_plan<decltype(t)>(a, backward).workspace; });
+}
 
 }  // namespace cuda
 }  // namespace memcore
 
 using namespace memcore::cuda;
 
-int64_t mc_ntm_step_fwd_workspace(const StepArgs* a) {
-  return with_type(a->dtype, [&](auto t) { return a->B * step_plan<decltype(t)>(*a, false).workspace; });
-}
-int64_t mc_ntm_step_bwd_workspace(const StepArgs* a) {
-  return with_type(a->dtype, [&](auto t) { return a->B * step_plan<decltype(t)>(*a, true).workspace; });
-}
+int64_t mc_ntm_step_fwd_workspace(const StepArgs* a) { return step_workspace(*a, false); }
+int64_t mc_ntm_step_bwd_workspace(const StepArgs* a) { return step_workspace(*a, true); }
 int64_t mc_ntm_step_fwd(const StepArgs* a, void* stream) {
+  if (step_by_tiles(*a, false)) return step_tiles(*a, false, stream);
   return with_type(a->dtype, [&](auto t) { return step_fwd<decltype(t)>(*a, stream); });
 }
 int64_t mc_ntm_step_bwd(const StepArgs* a, void* stream) {
+  if (step_by_tiles(*a, true)) return step_tiles(*a, true, stream);
   return with_type(a->dtype, [&](auto t) { return step_bwd<decltype(t)>(*a, stream); });
 }

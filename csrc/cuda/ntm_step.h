@@ -15,6 +15,11 @@ struct StepArgs {
   void* workspace;
 };
 
+// ntm_step_tiles.cu
+bool step_by_tiles(const StepArgs& a, bool backward);
+int64_t step_tiles_workspace(const StepArgs& a, bool backward);
+int64_t step_tiles(const StepArgs& a, bool backward, void* stream);
+
 }  // namespace cuda
 }  // namespace memcore
 

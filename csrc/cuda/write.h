@@ -43,6 +43,7 @@ __device__ inline void write_read_of(const Writes& a, const T* rows, T* to, bool
       float acc[HC];
 #pragma unroll
       for (int j = 0; j < HC; j++) acc[j] = 0;
+#pragma unroll 4
       for (int first = cols.first(); first < a.N; first += cols.step) {
         const int n = cols.row(first);
         if (n >= a.N || w >= a.W) continue;
@@ -80,6 +81,7 @@ __device__ inline void write_read_backward_of(
       float acc[2 * HC];  // of erase, of add
 #pragma unroll
       for (int j = 0; j < 2 * HC; j++) acc[j] = 0;
+#pragma unroll 2
       for (int first = cols.first(); first < a.N; first += cols.step) {
         const int n = cols.row(first);
         const bool on = n < a.N && w < a.W;

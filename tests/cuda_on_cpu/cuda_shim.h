@@ -772,6 +772,7 @@ template <unsigned N, class T, class Op> T reduce(const thread_block_tile<N>& g,
   typename name##_mcT::t& name = *static_cast<typename name##_mcT::t*>(mcshim::shared_var(&name##_mckey, sizeof(typename name##_mcT::t)))
 namespace mcshim { template <class T> struct id { using t = T; }; }
 #define MC_KERNEL inline void
+#define MC_KERNEL_TWO inline void
 #define MC_DYN_SHARED(name) char* name = static_cast<char*>(mcshim::dyn_shared())
 #define MC_ARRAY(X, at, n) static_cast<X*>(mcshim::array(at, size_t(n) * sizeof(X)))
 

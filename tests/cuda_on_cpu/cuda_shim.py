@@ -23,9 +23,7 @@ _RECORDER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _definitions = torch.library.Library("memcore", "FRAGMENT")
 
 
-def operators() -> list[str]:
-    """Operators with CUDA kernels."""
-    return [p.stem for p in shim_build.kernels()]
+operators = shim_build.operators
 
 
 def _define(op: str) -> None:

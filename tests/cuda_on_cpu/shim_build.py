@@ -82,6 +82,11 @@ def kernels() -> list[Path]:
     return sorted(p for p in CUDA.glob("*.cu") if p.name != "runtime.cu")
 
 
+def operators() -> list[str]:
+    """Operators with CUDA kernels, each in a file of its name; other files help them."""
+    return [p.stem for p in kernels() if (ROOT / "kernels" / p.stem).is_dir()]
+
+
 def library() -> Path:
     """A shared library of all kernels with their glue, for CPU tensors."""
     jobs = [(p, KERNEL) for p in [*kernels(), HERE / "shim_library.cpp"]] + [(p, GLUE) for p in sorted(CUDA.glob("*.cpp"))]

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="gpu-report.json", help="the file to write")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tests", default="tests/gpu tests/test_gpu_resources.py", help="what pytest gets")
-    parser.add_argument("--bench", default="ops step train", help="suites and options of memcore bench")
+    parser.add_argument("--bench", default="train step sequence knn ops", help="suites and options of memcore bench")
     args = parser.parse_args(argv)
 
     from memcore.bench.gpu import environment

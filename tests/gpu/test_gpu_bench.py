@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,25 @@ def test_a_wrong_variant_is_not_timed_and_told(monkeypatch):
     assert {r["variant"] for r in report["rows"]} == {"eager"}
     (told,) = report["missing"]
     assert "memcore of read" in told and "nothing is timed" in told
+
+
+def test_the_page_is_drawn_from_the_reports():
+    root = Path(__file__).resolve().parents[2]
+    assert (root / "docs" / "gpu-benchmarks.md").read_text() == gpu.page(root / "results" / "gpu" / "h200"), "python -m memcore.bench.gpu"
+
+
+def test_a_backends_backward_is_its_own(monkeypatch):
+    """The call that is timed has the backend's choice around all of it."""
+    asked = []
+    backward = gpu.runnable
+
+    def spy(case, function, inputs, both):
+        call = backward(case, function, inputs, both)
+        return lambda: asked.append(_backend._requested) or call()
+
+    monkeypatch.setattr(gpu, "runnable", spy)
+    gpu.measure_all(Stand(), ["ops"], sizes=["tiny"], only=["read"], variants=["native"], quick=True)
+    assert set(asked) == ({"native"} if _backend.native is not None else set())
 
 
 def test_arguments():

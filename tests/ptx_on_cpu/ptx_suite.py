@@ -64,7 +64,9 @@ def operators(backend: str) -> tuple[str, ...]:
     """Operators that have kernels of this backend."""
     if backend == "triton":
         return tuple(sorted(p.parent.name for p in (ROOT / "kernels").glob("*/triton.py")))
-    return tuple(sorted(p.stem for p in CUDA.glob("*.cu") if p.stem != "runtime"))
+    import shim_build
+
+    return tuple(shim_build.operators())
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -129,7 +131,9 @@ def nvcc_module(op: str, arch: int) -> Module:
 
 @lru_cache(maxsize=None)
 def nvcc_kernel(op: str, symbol: str, arch: int) -> Kernel:
-    for name in (op, *operators("cuda")):
+    import shim_build
+
+    for name in sorted((p.stem for p in shim_build.kernels()), key=lambda name: not name.startswith(op)):
         module = nvcc_module(name, arch)
         if symbol in module.names:
             return Kernel(module, symbol)
