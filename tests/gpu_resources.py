@@ -401,7 +401,10 @@ def page(table: dict[str, Any]) -> str:
         for base in bases:
             cells = []
             for a in NVIDIA:
-                name = next(n for n in (f"{base} float32", f"{base} workspace float32") if n in launches[a])
+                name = next((n for n in (f"{base} float32", f"{base} workspace float32") if n in launches[a]), None)
+                if name is None:  # by tiles on one architecture, in one block on another
+                    cells.append("-")
+                    continue
                 threads, shared = launches[a][name]
                 cells.append(f"{shared / 1024:.1f}{' + workspace' if 'workspace' in name else ''}, {_percent(a, threads, cuda_[name][a]['registers'], shared)}")
             out.append(_row(g.replace("_", " "), f"`{base}`", *cells))

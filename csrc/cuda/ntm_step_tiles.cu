@@ -25,6 +25,17 @@ struct TilesLaunch {
   bool backward;
 };
 
+// Hands out arrays of a workspace that all blocks share.
+struct Shares {
+  char* start;
+  int64_t used = 0;
+  template <class X> __host__ __device__ X* take(int64_t n) {
+    X* at = (X*)(start + used);
+    used += (n * (int64_t)sizeof(X) + 15) / 16 * 16;
+    return at;
+  }
+};
+
 // What the launches leave for each other, of the whole batch.
 struct Between {
   float *sim, *im;         // [B, H, N] keys times rows, [B, N] the rows' inverse norms
@@ -32,18 +43,18 @@ struct Between {
   float* parts;            // [B, tiles, P, W] sums of a tile: the reads; backward of erase, add and keys
   float *d, *own, *keys;   // backward: [B, H, N] gradients of the weights, then the rows' coefficients; [B, H, N] and [B, H] those of rows and keys themselves
 
-  template <class A> __host__ __device__ Between(A& arena, const StepArgs& a, int64_t tiles, bool backward) {
+  __host__ __device__ Between(Shares& all, const StepArgs& a, int64_t tiles, bool backward) {
     const int64_t H = a.R + a.Hw, n = a.B * H * a.N;
-    sim = arena.template take<float>(n), im = arena.template take<float>(a.B * a.N);
-    weights = arena.template take<float>(n);
-    parts = arena.template take<float>(a.B * tiles * (backward ? 2 * a.Hw + H : a.R) * a.W);
-    if (backward) d = arena.template take<float>(n), own = arena.template take<float>(n), keys = arena.template take<float>(a.B * H);
+    sim = all.take<float>(n), im = all.take<float>(a.B * a.N);
+    weights = all.take<float>(n);
+    parts = all.take<float>(a.B * tiles * (backward ? 2 * a.Hw + H : a.R) * a.W);
+    if (backward) d = all.take<float>(n), own = all.take<float>(n), keys = all.take<float>(a.B * H);
   }
 };
 inline int64_t between_bytes(const StepArgs& a, int64_t tiles, bool backward) {
-  Arena<false> arena(nullptr, 0, nullptr);
-  Between(arena, a, tiles, backward);
-  return arena.used;
+  Shares all{nullptr};
+  Between(all, a, tiles, backward);
+  return all.used;
 }
 
 // What every block of a tile knows.
@@ -74,8 +85,8 @@ template <class T> struct Tile {
 };
 
 __device__ inline Between between_of(const TilesLaunch& t) {
-  Arena<false> arena((char*)t.a.workspace, 0, nullptr);
-  return Between(arena, t.a, t.tiles, t.backward);
+  Shares all{(char*)t.a.workspace};
+  return Between(all, t.a, t.tiles, t.backward);
 }
 
 // ---- similarities of a tile ----
@@ -264,7 +275,7 @@ template <class T> MC_KERNEL_TWO ntm_step_rows_bwd_kernel(TilesLaunch t) {
 
 __device__ inline float over_tiles(const TilesLaunch& t, int64_t b, int64_t P, int64_t i) {
   const int64_t step = P * t.a.W;
-  const float* part = Between(between_of(t)).parts + b * t.tiles * step + i;
+  const float* part = between_of(t).parts + b * t.tiles * step + i;
   Sum v;
   for (int64_t k = 0; k < t.tiles; k++) v.add(part[k * step]);
   return v.total;
