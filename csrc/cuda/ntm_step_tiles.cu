@@ -162,8 +162,7 @@ template <class T, bool SPILL> MC_KERNEL_TWO ntm_step_focus_bwd_kernel(TilesLaun
   Heads<T>& head = block.head;
   block.load(a, between, b, h, l);
   head.template focus<true>();
-  for (int64_t n = threadIdx.x; n < a.N; n += kThreads) head.d[n] = between.d[row + n];
-  __syncthreads();
+  for (int64_t n = threadIdx.x; n < a.N; n += kThreads) head.d[n] = between.d[row + n];  // those that this thread reads first
   const T* x = (const T*)a.interface + b * l.size();
   T* dx = (T*)a.dinterface + b * l.size();
   head.backward((T*)a.dprevious + row, [&](int, float dbeta, float dgate, float dgamma) {

@@ -76,7 +76,7 @@ def test_random_shapes(data):
         for limit in limits(drawn):
             if limit >= cuda.shared_bytes(sizes_of(drawn))[0]:
                 with cuda_shim.shared_limit(limit):
-                    compare(drawn, tolerance=1e-3)
+                    compare(drawn, tolerance=1e-3, any_draw=True)
 
 
 def test_the_same_bits(backend):

@@ -51,15 +51,18 @@ def gradients(f, tensors, flat, options, seed=1, only=None):
     return ys, grads
 
 
-def compare(drawn, only=None, tolerance=2e-4):
+def compare(drawn, only=None, tolerance=2e-4, any_draw=False):
+    """Against float64. Of `any_draw`, which may be ill-conditioned, an error is allowed that is 4 times that of plain PyTorch in float32."""
     tensors, flat, options = drawn
     wide = {k: v.double() for k, v in tensors.items()}, [t.double() for t in flat], options
     ys, grads = gradients(ntm_sequence, *drawn, only=only)
     expected, expected_grads = gradients(reference.ntm_sequence, *wide, only=only)
     names = [*tensors, *(f"parameter {i}" for i in range(len(flat)))]
-    for y, e, name in zip((*ys, *grads), (*expected, *expected_grads), (*ys._fields, *names), strict=True):
+    plain, plain_grads = gradients(reference.ntm_sequence, *drawn, only=only) if any_draw else (expected, expected_grads)
+    for y, e, p, name in zip((*ys, *grads), (*expected, *expected_grads), (*plain, *plain_grads), (*ys._fields, *names), strict=True):
         scale = max(1.0, e.abs().max().item() if e.numel() else 0)
-        torch.testing.assert_close(y.double(), e, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}")
+        lost = (p.double() - e).abs().max().item() if e.numel() else 0
+        torch.testing.assert_close(y.double(), e, rtol=tolerance, atol=max(tolerance * scale, 4 * lost), msg=lambda m: f"{name}: {m}")
 
 
 CASES = {
