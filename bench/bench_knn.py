@@ -57,11 +57,11 @@ def _nearest(query: Tensor, keys: Tensor, k: int) -> Tensor:
     return (query.double() - keys.double()).square().sum(1).sort().values[:k]
 
 
-def check(name: str, shape: str, distances: Tensor, query: Tensor, keys: Tensor, near: float = 1e-6) -> None:
+def check(name: str, shape: str, distances: Tensor, query: Tensor, keys: Tensor) -> None:
     """Distances of the neighbours against float64; those by products cancel, so that they are right to the size of the numbers alone."""
     for i in dict.fromkeys((*range(min(CHECKED // 2, len(query))), *range(max(0, len(query) - CHECKED // 2), len(query)))):
         wanted = _nearest(query[i], keys, distances.shape[1])
-        room = near * wanted if name.startswith("memcore") else 1e-4 * wanted + 1e-5 * (query[i].double().square().sum() + wanted)
+        room = 1e-6 * wanted if name.startswith("memcore") else 1e-4 * wanted + 1e-5 * (query[i].double().square().sum() + wanted)
         if not ((distances[i].double() - wanted).abs() <= room + 1e-30).all():
             raise RuntimeError(f"memcore bench: the neighbours of {name} knn_search {shape} are wrong; nothing is timed")
 

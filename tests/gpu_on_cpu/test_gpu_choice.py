@@ -106,6 +106,8 @@ def test_limits_are_those_of_the_kernels():
     from memcore.kernels import _triton
 
     assert (_backend.BLOCK, _backend.WIDEST) == (_triton.sizes.whole, _triton.sizes.width)
+    tiles = (shim_build.CUDA / "ntm_step_tiles.cu").read_text()
+    assert f"constexpr int64_t kWhole = {_backend.BLOCK};" in tiles  # where ntm_step begins to go by tiles
 
 
 # What runs ------------------------------------------------------------------------------------------------------------
@@ -361,7 +363,7 @@ MEASURED = json.loads((Path(__file__).resolve().parents[2] / "results" / "gpu" /
 
 def measured(name, shape):
     """{backend: microseconds} of this direction's kernels at the measured sizes of the class, {sizes: ...}."""
-    op, way = _backend.operator(name), name[-3:]
+    op, way = _backend.operator(name), "bwd" if name.endswith("_bwd") else "fwd"
     found = {}
     for text, by in MEASURED.get(op, {}).items():
         B, H, N, W = map(int, text.strip("()").split(","))
