@@ -389,7 +389,7 @@ template <class C> struct Addressing {
   C* shifted;                        // [H, Np]
   C* ratio_log;                      // [H, Np]
   C* weights;                        // [H, Np]
-  C* row;                            // [Np]
+  C* row;                            // [H, Np + 2R] scratch
 
   void sizes(int64_t H, int64_t N, int64_t W, int64_t R_) {
     similar.sizes(H, N, W, true);
@@ -402,7 +402,7 @@ template <class C> struct Addressing {
     a.take(shift, H * (2 * R + 1));
     a.take(previous, H * Np), a.take(content, H * Np), a.take(shifted, H * Np), a.take(ratio_log, H * Np), a.take(weights, H * Np);
     a.take(ring, H * ring_size<C>(Np, R));
-    a.take(row, ring_size<C>(Np, R));
+    a.take(row, H * ring_size<C>(Np, R));
   }
   // Keys, parameters and previous are in place.
   template <bool BACKWARD, class T> void forward(const T* memory, C* block) {
@@ -411,50 +411,52 @@ template <class C> struct Addressing {
   }
   // From the similarities on; with KNOWN the weights are there already.
   template <bool BACKWARD, bool KNOWN = false> void weigh() {
+    for (int64_t h = 0; h < similar.H; h++) weigh_head<BACKWARD, KNOWN>(h);
+  }
+  template <bool BACKWARD, bool KNOWN = false> void weigh_head(int64_t h) {
     constexpr int L = Lanes<C>::n;
     const int64_t N = similar.N, Np = similar.Np;
     if (N == 0) return;
-    for (int64_t h = 0; h < similar.H; h++) {
-      C *wc = content + h * Np, *pr = previous + h * Np, *rg = ring + h * ring_size<C>(Np, R), *ws = shifted + h * Np;
-      const Scores<C> e = score<C>(wc, similar.sim + h * Np, N, Np, beta[h], nullptr);
-      extreme[h] = e.extreme;
-      const C g = gate[h], keep = 1 - g;
-      for (int64_t n = 0; n < Np; n += L) {
-        const Vec<C> c = load(wc + n) * e.inverse;
-        if (BACKWARD) store(wc + n, c);
-        store(rg + R + n, g * c + keep * load(pr + n));
-      }
-      if (BACKWARD) fill(wc + N, Np - N, (C)0);
-      wrap(rg, N, Np, R);
-      shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
-      if (BACKWARD && KNOWN) sharpen_again(ratio_log + h * Np, ws, gamma[h], Np);
-      else sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
+    C *wc = content + h * Np, *pr = previous + h * Np, *rg = ring + h * ring_size<C>(Np, R), *ws = shifted + h * Np;
+    const Scores<C> e = score<C>(wc, similar.sim + h * Np, N, Np, beta[h], nullptr);
+    extreme[h] = e.extreme;
+    const C g = gate[h], keep = 1 - g;
+    for (int64_t n = 0; n < Np; n += L) {
+      const Vec<C> c = load(wc + n) * e.inverse;
+      if (BACKWARD) store(wc + n, c);
+      store(rg + R + n, g * c + keep * load(pr + n));
     }
+    if (BACKWARD) fill(wc + N, Np - N, (C)0);
+    wrap(rg, N, Np, R);
+    shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
+    if (BACKWARD && KNOWN) sharpen_again(ratio_log + h * Np, ws, gamma[h], Np);
+    else sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
   }
   // dw [H, Np]: gradient of the weights in, of the similarities out. The other gradients are [H] and [H, 2R + 1]; dprevious [H, Np].
   void backward(C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
+    for (int64_t h = 0; h < similar.H; h++) backward_head(h, dw, dbeta, dgate, dshift, dgamma, dprevious);
+  }
+  void backward_head(int64_t h, C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
     constexpr int L = Lanes<C>::n;
     const int64_t N = similar.N, Np = similar.Np, S = 2 * R + 1;
-    fill(dshift, similar.H * S, (C)0);
-    for (int64_t h = 0; h < similar.H; h++) {
-      C *d = dw + h * Np, *wc = content + h * Np, *pr = previous + h * Np, *dp = dprevious + h * Np;
-      if (N == 0) {
-        dbeta[h] = dgate[h] = dgamma[h] = 0;
-        continue;
-      }
-      dgamma[h] = sharpen_backward(d, weights + h * Np, ratio_log + h * Np, shifted + h * Np, gamma[h], Np);
-      unroll(row, d, N, Np, R);
-      shift_backward(d, dshift + h * S, row, ring + h * ring_size<C>(Np, R), shift + h * S, N, Np, R);
-      Total<C> t;
-      for (int64_t n = 0; n < Np; n += L) {
-        const Vec<C> x = load(d + n);
-        t.add(x * (load(wc + n) - load(pr + n)));
-        store(dp + n, x * (1 - gate[h]));
-        store(d + n, x * gate[h]);
-      }
-      dgate[h] = t.value();
-      dbeta[h] = softmax_backward(d, wc, similar.sim + h * Np, extreme[h], Np, beta[h]);
+    C *d = dw + h * Np, *wc = content + h * Np, *pr = previous + h * Np, *dp = dprevious + h * Np, *dring = row + h * ring_size<C>(Np, R);
+    fill(dshift + h * S, S, (C)0);
+    if (N == 0) {
+      dbeta[h] = dgate[h] = dgamma[h] = 0;
+      return;
     }
+    dgamma[h] = sharpen_backward(d, weights + h * Np, ratio_log + h * Np, shifted + h * Np, gamma[h], Np);
+    unroll(dring, d, N, Np, R);
+    shift_backward(d, dshift + h * S, dring, ring + h * ring_size<C>(Np, R), shift + h * S, N, Np, R);
+    Total<C> t;
+    for (int64_t n = 0; n < Np; n += L) {
+      const Vec<C> x = load(d + n);
+      t.add(x * (load(wc + n) - load(pr + n)));
+      store(dp + n, x * (1 - gate[h]));
+      store(d + n, x * gate[h]);
+    }
+    dgate[h] = t.value();
+    dbeta[h] = softmax_backward(d, wc, similar.sim + h * Np, extreme[h], Np, beta[h]);
   }
 };
 

@@ -95,26 +95,28 @@ MC_INLINE void panel_product(C* c, int64_t ldc, const C* start, const C* a, int6
 }
 
 // c [rows, b.Np] = start + a [rows, b.K] b, or with ADD c += a b; writes whole vectors, so rows of c are padded. A row's sums depend on
-// `rows` in their order, not on its place. A panel of b stays in the first cache for all rows.
-template <bool ADD, class C> inline void product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, int64_t rows, const Packed<C>& b) {
+// `rows` in their order, not on its place. A panel of b, this one from column n on, stays in the first cache for all rows.
+template <bool ADD, class C>
+inline void product_panel(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, int64_t rows, const Packed<C>& b, int64_t n) {
   constexpr int T = kTileRows;
-  for (int64_t n = 0; n < b.Np; n += b.P) {
-    const C *s = start ? start + n : nullptr, *p = b.panel(n), *x = a;
-    const int v = (int)(b.width(n) / Lanes<C>::n);
-    C* y = c + n;
-    int64_t left = rows;
-    for (; left >= T; left -= T, x += T * lda, y += T * ldc) panel_product<T, ADD>(y, ldc, s, x, lda, p, b.K, v);
-    switch (left) {
-      case 1: panel_product<1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      case 2: panel_product<2, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      case 3: panel_product<3, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      case 4: panel_product<4 < T ? 4 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      case 5: panel_product<5 < T ? 5 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      case 6: panel_product<6 < T ? 6 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      case 7: panel_product<7 < T ? 7 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
-      default: break;
-    }
+  const C *s = start ? start + n : nullptr, *p = b.panel(n), *x = a;
+  const int v = (int)(b.width(n) / Lanes<C>::n);
+  C* y = c + n;
+  int64_t left = rows;
+  for (; left >= T; left -= T, x += T * lda, y += T * ldc) panel_product<T, ADD>(y, ldc, s, x, lda, p, b.K, v);
+  switch (left) {
+    case 1: panel_product<1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    case 2: panel_product<2, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    case 3: panel_product<3, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    case 4: panel_product<4 < T ? 4 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    case 5: panel_product<5 < T ? 5 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    case 6: panel_product<6 < T ? 6 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    case 7: panel_product<7 < T ? 7 : 1, ADD>(y, ldc, s, x, lda, p, b.K, v); break;
+    default: break;
   }
+}
+template <bool ADD, class C> inline void product(C* c, int64_t ldc, const C* start, const C* a, int64_t lda, int64_t rows, const Packed<C>& b) {
+  for (int64_t n = 0; n < b.Np; n += b.P) product_panel<ADD>(c, ldc, start, a, lda, rows, b, n);
 }
 
 // Columns [n, n + NV vectors) and rows [k, k + R) of c [K, N] += a [rows, K]^T d [rows, N]: the gradient of a weight matrix.

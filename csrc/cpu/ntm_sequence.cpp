@@ -29,6 +29,17 @@ struct Call {
     for (int64_t l = 0; l < a.layers; l++) one += a.D(l) * a.G();
     return one * a.group() * a.T;
   }
+  // All groups, each by a thread, or one after the other by all threads where threads would be left over.
+  template <class Kernel> void run(Kernel* kernel, int64_t passes) {
+    a.spread = nullptr;
+    if (a.part() < a.N && a.groups() < (int64_t)torch::stable::get_num_threads()) {
+      a.spread = [](int64_t n, void* context, void (*run)(void*, int64_t, int64_t)) {
+        torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { run(context, begin, end); });
+      };
+      return kernel(a, 0, a.groups());
+    }
+    parallel(a.groups(), passes * cost(), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  }
   // Weights as the kernels want them, for as long as the tensor lives.
   Tensor pack(const Tensor& like, bool backward) {
     Tensor packed = make(like, {MC_PICK(ntm_sequence_packed)(a, backward) + 64});
@@ -51,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_sequence_fwd(
   Tensor saved = make(memory, {SavedLayout(a).total});
   a.saved = out(saved);
   const Tensor packed = call.pack(memory, false);
-  auto* kernel = MC_PICK(ntm_sequence_fwd);
-  parallel(a.groups(), call.cost(), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  call.run(MC_PICK(ntm_sequence_fwd), 1);
   return {output, written, read, found, after, keep ? saved : make(memory, {0})};
 }
 
@@ -77,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_sequence_bwd(
   a.dinput = out(dinput), a.dmemory = out(dmemory), a.dreads = out(dreads), a.dweights = out(dweights), a.dstate = out(dstate);
   a.dparameters = out(dparameters), a.deltas = out(deltas);
   const Tensor packed = call.pack(memory, true);
-  auto *groups = MC_PICK(ntm_sequence_bwd), *panels = MC_PICK(ntm_sequence_parameters);
-  parallel(a.groups(), 3 * call.cost(), [&](int64_t begin, int64_t end) { groups(a, begin, end); });
+  call.run(MC_PICK(ntm_sequence_bwd), 3);
+  auto* panels = MC_PICK(ntm_sequence_parameters);
   const int64_t count = MC_PICK(ntm_sequence_panels)(a);
   parallel(count, call.cost() * a.groups() / (count > 0 ? count : 1), [&](int64_t begin, int64_t end) { panels(a, begin, end); });
   return {dinput, dmemory, dreads, dweights, dstate, dparameters};

@@ -24,6 +24,8 @@ struct SequenceArgs {
   const void *grad_output, *grad_memory, *grad_reads, *grad_weights, *grad_state;
   void *dinput, *dmemory, *dreads, *dweights, *dstate, *dparameters;
   void* deltas;
+  // Where given, run(context, begin, end) over ranges of 0 .. n by all threads: one group is worked on at a time, its steps shared out.
+  void (*spread)(int64_t n, void* context, void (*run)(void* context, int64_t begin, int64_t end));
 
   MC_ALWAYS int64_t H() const { return R + Hw; }
   MC_ALWAYS int64_t F() const { return R * W; }
@@ -39,6 +41,12 @@ struct SequenceArgs {
     return half < most ? (half > 0 ? half : 1) : most;
   }
   MC_ALWAYS int64_t groups() const { return (B + group() - 1) / group(); }
+  // Slots of a part of a memory, whose sums are taken apart from the others' and then added in order: all, or where few large memories leave threads
+  // idle a 16th of them. Shapes alone decide, too.
+  MC_ALWAYS int64_t part() const {
+    const int64_t slots = ((N + 15) / 16 + 255) / 256 * 256;
+    return B <= 8 && N * W >= 65536 && N > slots ? slots : up16(N);
+  }
 };
 
 // Where things lie in `saved`: rows [T, B, size] of each kind, every size a multiple of 16, then copies of the memory (tiles.h), but for the first

@@ -80,16 +80,17 @@ template <class C> struct Sequence {
   const int64_t H, I, K, F, G, M, group;
   Addressing<C> s;
   Pieces<C> p, d;
-  int64_t Np, Wp, tiles;
+  int64_t Np, Wp, tiles, part, parts;  // part: tiles
   bool fused;
   C *x, *reads, *current, *first, *hidden, *cell, *feedback, *output;
-  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *written, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt;
+  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *written, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt, *partial;
 
   Sequence(const SequenceArgs& args, bool backward)
       : a(args), saved(args), deltas(args), l{args.R, args.Hw, args.W, args.range}, H(args.H()), I(args.I()), K(args.K), F(args.F()), G(args.G()),
         M(up16(args.N) * args.W), group(args.group()) {
     s.sizes(H, a.N, a.W, a.range);
     Np = s.similar.Np, Wp = s.similar.Wp, tiles = Np / L;
+    part = a.part() / L, parts = tiles > 0 ? (tiles + part - 1) / part : 1;
     fused = a.write_first && a.Hw == 1 && a.R > 0 && a.R <= kMostHeads;
     Cursor at{(char*)a.packed};
     weights.layout(at, a, backward);
@@ -99,7 +100,7 @@ template <class C> struct Sequence {
     p.layout(arena, l);
     p.key = s.similar.key, p.strength = s.beta, p.gate = s.gate, p.shift = s.shift, p.gamma = s.gamma;
     arena.take(x, up16(I)), arena.take(reads, a.R * Wp);
-    arena.take(current, group * M), arena.take(first, group * H * Np);
+    arena.take(current, group * M), arena.take(first, group * H * Np), arena.take(partial, (parts - 1) * stride());
     if (!backward) {
       arena.take(hidden, a.layers * group * K), arena.take(cell, a.layers * group * K);
       arena.take(feedback, group * F), arena.take(output, group * up16(a.O));
@@ -107,7 +108,7 @@ template <class C> struct Sequence {
     }
     d.layout(arena, l);
     arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
-    arena.take(dreads, a.R * Wp), arena.take(found, a.R * Np), arena.take(scratch, (2 * a.W + 1) * a.Hw * L), arena.take(written, fused ? 0 : M);
+    arena.take(dreads, a.R * Wp), arena.take(found, a.R * Np), arena.take(scratch, parts * (2 * a.W + 1) * a.Hw * L), arena.take(written, fused ? 0 : M);
     arena.take(carried, group * H * Np), arena.take(dh, a.layers * group * up16(K)), arena.take(dcell, a.layers * group * K);
     arena.take(dfeedback, group * F), arena.take(dfeatures, group * up16(K + F));
     int64_t widest = 0;
@@ -141,24 +142,61 @@ template <class C> struct Sequence {
       for (int64_t i = 0; i < I; i++) x[i] = x[i] > (C)a.clip ? (C)a.clip : x[i] < -(C)a.clip ? -(C)a.clip : x[i];
   }
 
+  // ---- work that threads share ----
+
+  // f(i) for 0 <= i < n.
+  template <class F> void each(int64_t n, const F& f) const {
+    if (!a.spread || n < 2) {
+      for (int64_t i = 0; i < n; i++) f(i);
+      return;
+    }
+    a.spread(n, (void*)&f, [](void* context, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) (*(const F*)context)(i);
+    });
+  }
+  // f(part, its first tile, how many) for all parts of a memory.
+  template <class F> void each_part(const F& f) const {
+    each(parts, [&](int64_t i) { f(i, i * part, tiles - i * part < part ? tiles - i * part : part); });
+  }
+  int64_t stride() const { return 2 * (H * Wp + 16); }  // of the parts' sums
+  // Where part i adds up n numbers that end in `total`, zeros at first; at the end all are added to it in order.
+  C* sums_of(int64_t i, C* total, int64_t n) const {
+    C* to = i == 0 ? total : partial + (i - 1) * stride();
+    fill(to, n, (C)0);
+    return to;
+  }
+  void add_parts(C* total, int64_t n) const {
+    for (int64_t i = 1; i < parts; i++)
+      for (int64_t j = 0; j < n; j += L) store(total + j, load(total + j) + load(partial + (i - 1) * stride() + j));
+  }
+  template <bool ADD> void multiply(C* c, int64_t ldc, const C* start, const C* in, int64_t ldi, int64_t rows, const Packed<C>& b) const {
+    if (!a.spread || rows * b.K * b.Np < 500000) return product<ADD>(c, ldc, start, in, ldi, rows, b);
+    each((b.Np + b.P - 1) / b.P, [&](int64_t i) { product_panel<ADD>(c, ldc, start, in, ldi, rows, b, i * b.P); });
+  }
+  void copy_memory(C* to, const C* from) const {
+    each_part([&](int64_t, int64_t t, int64_t n) { copy(to + t * a.W * L, from + t * a.W * L, n * a.W * L); });
+  }
+
   // ---- forward ----
 
   void step(int64_t t, int64_t b, int64_t i, C* m, C* to) {
     clamped(interface(t, b));
     activate(p, x, l);
     point(t, b, i);
-    tile_dots(m, tiles, a.W, s.similar.key, Wp, H, s.similar.sim, Np, s.similar.norm2);
+    each_part([&](int64_t, int64_t t, int64_t n) {
+      tile_dots(m + t * a.W * L, n, a.W, s.similar.key, Wp, H, s.similar.sim + t * L, Np, s.similar.norm2 + t * L);
+    });
     s.similar.scale(nullptr);
-    s.template weigh<false>();
-    const C *wr = s.weights, *ww = s.weights + a.R * Np;
-    fill(reads, a.R * Wp, (C)0);
-    if (fused) {
-      tile_write_read(m, tiles, a.W, ww, p.erase, p.add, wr, Np, a.R, reads, Wp);
-    } else {
-      if (!a.write_first) tile_gather(m, tiles, a.W, wr, Np, a.R, reads, Wp);
-      if (a.Hw > 0) tile_erase_add(m, m, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
-      if (a.write_first) tile_gather(m, tiles, a.W, wr, Np, a.R, reads, Wp);
-    }
+    each(H, [&](int64_t h) { s.template weigh_head<false>(h); });
+    each_part([&](int64_t i, int64_t t, int64_t n) {
+      C *rows = m + t * a.W * L, *found = sums_of(i, reads, a.R * Wp);
+      const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
+      if (fused) return tile_write_read(rows, n, a.W, ww, p.erase, p.add, wr, Np, a.R, found, Wp);
+      if (!a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp);
+      if (a.Hw > 0) tile_erase_add(rows, rows, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
+      if (a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp);
+    });
+    add_parts(reads, a.R * Wp);
     narrow_rows(to, reads, a.R, a.W, Wp);
   }
 
@@ -195,7 +233,7 @@ template <class C> struct Sequence {
           if (j == 0) copy(to, feedback + i * F, F);
           else copy(to, hidden + ((j - 1) * group + i) * K, K);
         }
-        product<false>(sums(j, t, b0), up16(G), weights.bias[j], inputs(j, t, b0), up16(a.D(j)), count, weights.layer[j]);
+        multiply<false>(sums(j, t, b0), up16(G), weights.bias[j], inputs(j, t, b0), up16(a.D(j)), count, weights.layer[j]);
         for (int64_t i = 0; i < count; i++) {
           if (!alive(t, b0 + i)) continue;
           C *h = hidden + (j * group + i) * K, *c = cell + (j * group + i) * K;
@@ -208,15 +246,15 @@ template <class C> struct Sequence {
         if (alive(t, b0 + i)) copy(to, hidden + ((a.layers - 1) * group + i) * K, K);
         else fill(to, K + F, (C)0);
       }
-      product<false>(interface(t, b0), saved.width_interface, weights.interface_bias, features(t, b0), saved.width_features, count, weights.interface);
+      multiply<false>(interface(t, b0), saved.width_interface, weights.interface_bias, features(t, b0), saved.width_features, count, weights.interface);
       for (int64_t i = 0; i < count; i++) {
         const int64_t b = b0 + i;
         if (!alive(t, b)) continue;
-        if (a.keep && t > 0 && t % a.every == 0) copy(copy_of(t, b), current + i * M, Np * a.W);
+        if (a.keep && t > 0 && t % a.every == 0) copy_memory(copy_of(t, b), current + i * M);
         step(t, b, i, current + i * M, features(t, b) + K);
         copy(feedback + i * F, features(t, b) + K, F);
       }
-      product<false>(output, up16(a.O), weights.output_bias, features(t, b0), saved.width_features, count, weights.output);
+      multiply<false>(output, up16(a.O), weights.output_bias, features(t, b0), saved.width_features, count, weights.output);
       for (int64_t i = 0; i < count; i++) {
         C* to = (C*)a.output + (t * a.B + b0 + i) * a.O;
         if (alive(t, b0 + i)) copy(to, output + i * up16(a.O), a.O);
@@ -236,6 +274,28 @@ template <class C> struct Sequence {
 
   // ---- backward ----
 
+  // Of one part of the memory, the n tiles from t on: from the gradient g of what was written to that of the memory m, in place; those of the
+  // weights grow, those of the erase vectors begin at `sums`, of the add vectors V later.
+  void write_read_backward(const C* m, C* g, C* dweights, int64_t q, int64_t t, int64_t n, C* sums, int64_t V) {
+    m += t * a.W * L, g += t * a.W * L;
+    const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
+    C *dwr = dweights + t * L, *dww = dwr + a.R * Np, *derase = sums, *dadd = sums + V;
+    if (fused) return tile_write_read_backward(g, m, n, a.W, ww, p.erase, p.add, wr, Np, a.R, dreads, Wp, dwr, dww, derase, dadd);
+    if (a.R > 0) {
+      const C* seen = m;
+      if (a.write_first && a.Hw > 0) {
+        tile_erase_add(written + t * a.W * L, m, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
+        seen = written + t * a.W * L;
+      }
+      tile_dots(seen, n, a.W, dreads, Wp, a.R, found + t * L, Np, (C*)nullptr);
+      for (int64_t h = 0; h < a.R; h++)
+        for (int64_t j = h * Np; j < h * Np + n * L; j += L) store(dwr + j, load(dwr + j) + load(found + t * L + j));
+      if (a.write_first) tile_scatter(g, n, a.W, wr, Np, a.R, dreads, Wp);
+    }
+    tile_erase_add_backward(g, m, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp, dww, derase, dadd, scratch + q * (2 * a.W + 1) * a.Hw * L);
+    if (a.R > 0 && !a.write_first) tile_scatter(g, n, a.W, wr, Np, a.R, dreads, Wp);
+  }
+
   // From the gradients of step t's reads (in `dreads`), weights (carried) and written memory (g) to those of its interface (dx), of the
   // weights before (carried) and of the memory m that came in (g).
   void step_backward(int64_t t, int64_t b, int64_t i, const C* m, C* g, C* dx) {
@@ -244,30 +304,17 @@ template <class C> struct Sequence {
     activate(p, x, l);
     point(t, b, i);
     s.similar.invert_norms();
-    s.template weigh<true, true>();
+    each(H, [&](int64_t h) { s.template weigh_head<true, true>(h); });
     C* dweights = carried + i * H * Np;
-    fill(d.erase, a.Hw * Wp, (C)0), fill(d.add, a.Hw * Wp, (C)0), fill(d.key, H * Wp, (C)0);
-    const C *wr = s.weights, *ww = s.weights + a.R * Np;
-    C *dwr = dweights, *dww = dweights + a.R * Np;
-    if (fused) {
-      tile_write_read_backward(g, m, tiles, a.W, ww, p.erase, p.add, wr, Np, a.R, dreads, Wp, dwr, dww, d.erase, d.add);
-    } else {
-      if (a.R > 0) {
-        const C* seen = m;
-        if (a.write_first && a.Hw > 0) {
-          tile_erase_add(written, m, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
-          seen = written;
-        }
-        tile_dots(seen, tiles, a.W, dreads, Wp, a.R, found, Np, (C*)nullptr);
-        for (int64_t j = 0; j < a.R * Np; j += L) store(dwr + j, load(dwr + j) + load(found + j));
-        if (a.write_first) tile_scatter(g, tiles, a.W, wr, Np, a.R, dreads, Wp);
-      }
-      tile_erase_add_backward(g, m, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp, dww, d.erase, d.add, scratch);
-      if (a.R > 0 && !a.write_first) tile_scatter(g, tiles, a.W, wr, Np, a.R, dreads, Wp);
-    }
-    s.backward(dweights, d.strength, d.gate, d.shift, d.gamma, dprevious);
+    const int64_t V = d.add - d.erase;
+    each_part([&](int64_t q, int64_t t, int64_t n) { write_read_backward(m, g, dweights, q, t, n, sums_of(q, d.erase, 2 * V), V); });
+    add_parts(d.erase, 2 * V);
+    each(H, [&](int64_t h) { s.backward_head(h, dweights, d.strength, d.gate, d.shift, d.gamma, dprevious); });
     s.similar.backward(dweights, own, key_own);
-    tile_pull_push(g, m, tiles, a.W, dweights, Np, H, p.key, d.key, Wp, own);
+    each_part([&](int64_t q, int64_t t, int64_t n) {
+      tile_pull_push(g + t * a.W * L, m + t * a.W * L, n, a.W, dweights + t * L, Np, H, p.key, sums_of(q, d.key, H * Wp), Wp, own + t * L);
+    });
+    add_parts(d.key, H * Wp);
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < a.W; w++) d.key[h * Wp + w] -= key_own[h] * p.key[h * Wp + w];
     activate_backward(dx, x, p, d, l);
@@ -293,12 +340,12 @@ template <class C> struct Sequence {
       const int64_t b = b0 + i;
       if (!alive(t0, b)) continue;
       if (t0 == 0) to_tiles(rebuilt_at(0, i), (const C*)a.memory + b * a.N * a.W, a.N, a.W);
-      else copy(rebuilt_at(t0, i), copy_of(t0, b), Np * a.W);
+      else copy_memory(rebuilt_at(t0, i), copy_of(t0, b));
       for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) {
         const C *from = rebuilt_at(t - 1, i), *ww = slots(t - 1, b) + a.R * Np;
         C* to = rebuilt_at(t, i);
         if (a.Hw == 0) {
-          copy(to, from, Np * a.W);
+          copy_memory(to, from);
           continue;
         }
         clamped(interface(t - 1, b));
@@ -308,7 +355,9 @@ template <class C> struct Sequence {
             store(p.erase + h * Wp + w, MC_ISA::first<C>(sigmoid(load_n(x + l.erase(h) + w, part)), part));
             store(p.add + h * Wp + w, load_n(x + l.add(h) + w, part));
           }
-        tile_erase_add(to, from, tiles, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
+        each_part([&](int64_t, int64_t t, int64_t n) {
+          tile_erase_add(to + t * a.W * L, from + t * a.W * L, n, a.W, ww + t * L, Np, a.Hw, p.erase, p.add, Wp);
+        });
       }
     }
   }
@@ -341,7 +390,7 @@ template <class C> struct Sequence {
         start(dy + i * Op, is ? a.grad_output : nullptr, (t * a.B + b0 + i) * a.O, a.O);
         fill(dy + i * Op + a.O, Op - a.O, (C)0);
       }
-      product<false>(dfeatures, Qp, (const C*)nullptr, dy, Op, count, weights.output);
+      multiply<false>(dfeatures, Qp, (const C*)nullptr, dy, Op, count, weights.output);
       for (int64_t i = 0; i < count; i++) {
         const int64_t b = b0 + i;
         fill(dx + i * Ip, Ip, (C)0);
@@ -353,7 +402,7 @@ template <class C> struct Sequence {
         widen_rows(dreads, dr, a.R, a.W, Wp);
         step_backward(t, b, i, rebuilt_at(t, i), current + i * M, dx + i * Ip);
       }
-      product<true>(dh + (a.layers - 1) * group * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
+      multiply<true>(dh + (a.layers - 1) * group * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
       for (int64_t j = a.layers - 1; j >= 0; j--) {
         C* dz = delta(deltas.sums[j], Gp, t, b0);
         const int64_t Dp = up16(a.D(j));
@@ -367,7 +416,7 @@ template <class C> struct Sequence {
           layer_backward(dz + i * Gp, sums(j, t, b), last, cells(j, t, b), dh + (j * group + i) * Kp, dcell + (j * group + i) * K);
           fill(dz + i * Gp + G, Gp - G, (C)0);
         }
-        product<false>(dbelow, Dp, (const C*)nullptr, dz, Gp, count, weights.layer[j]);
+        multiply<false>(dbelow, Dp, (const C*)nullptr, dz, Gp, count, weights.layer[j]);
         for (int64_t i = 0; i < count; i++) {
           const int64_t b = b0 + i;
           const C* from = dbelow + i * Dp;

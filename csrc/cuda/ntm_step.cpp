@@ -1,5 +1,7 @@
 #include "ntm_step.h"
 
+#include <stdlib.h>
+
 #include "glue.h"
 
 namespace memcore {
@@ -8,13 +10,22 @@ namespace {
 
 const char kName[] = "ntm_step";
 
+int64_t whole() {
+  const char* asked = getenv("MEMCORE_STEP_BLOCK");
+  if (!asked || !*asked) return kWhole;
+  char* end = nullptr;
+  const int64_t numbers = strtoll(asked, &end, 10);
+  if (*end || numbers < 0) fail(std::string("memcore.ntm_step: MEMCORE_STEP_BLOCK must be a whole number >= 0, got '") + asked + "'");
+  return numbers;
+}
+
 StepArgs arguments(
     const OnDevice& on, const Tensor& memory, const Tensor& interface, const Tensor& previous, int64_t R, int64_t Hw, int64_t range,
     bool write_first) {
   StepArgs a{};
   a.dtype = (int64_t)stored(memory, kName), a.device = on.index();
   a.B = memory.size(0), a.N = memory.size(1), a.W = memory.size(2);
-  a.R = R, a.Hw = Hw, a.S = 2 * range + 1, a.write_first = write_first;
+  a.R = R, a.Hw = Hw, a.S = 2 * range + 1, a.write_first = write_first, a.whole = whole();
   small(kName, {a.N, a.W, a.R, a.Hw, a.S});
   a.memory = in(memory), a.interface = in(interface), a.previous = in(previous);
   return a;

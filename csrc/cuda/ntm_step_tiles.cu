@@ -7,9 +7,6 @@
 namespace memcore {
 namespace cuda {
 
-// Numbers of a memory up to which one block does a whole step. Measured on an H200, forward and backward in a CUDA graph, block against tiles:
-// 92 and 96 us at (B, heads, N, W) = (64, 2, 128, 64), 277 and 123 at (16, 5, 256, 64), 554 and 227 at (64, 5, 512, 64), 8370 and 865 at (32, 5, 4096, 64).
-constexpr int64_t kWhole = 8192;
 constexpr int kTile = 8192;  // numbers of a memory in a tile, about: the best of 1024 to 16384 on an H200, where there are tiles for all multiprocessors
 
 inline int tile_rows(int64_t N, int64_t W) {
@@ -365,7 +362,7 @@ template <class T> int64_t tiles_bwd(const TilesLaunch& t, void* stream) {
 
 // A memory larger than a block gets through in good time, whose vectors find room in shared memory.
 bool step_by_tiles(const StepArgs& a, bool backward) {
-  return a.N * a.W > kWhole && a.R + a.Hw > 0 && tile_bytes(a, tile_rows(a.N, a.W), backward) <= mc_shared_limit(a.device);
+  return a.N * a.W > a.whole && a.R + a.Hw > 0 && tile_bytes(a, tile_rows(a.N, a.W), backward) <= mc_shared_limit(a.device);
 }
 int64_t step_tiles_workspace(const StepArgs& a, bool backward) {
   return with_type(a.dtype, [&](auto t) { return tiles_workspace(tiles_launch<decltype(t)>(a, backward)); });

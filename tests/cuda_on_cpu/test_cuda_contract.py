@@ -5,7 +5,7 @@ import pytest
 import cuda_shim
 import torch
 
-from cases import CASES, as_tuple, assert_close
+from cases import CASES, as_tuple, assert_close, case as case_of
 from contract import PAIRS, expected, run
 from shim_calls import LIMITS as BYTES, MORE, limits_of
 
@@ -61,3 +61,33 @@ def test_more_samples(case, sample, limit, backend):
         pytest.skip("its blocks have one form")
     with cuda_shim.shared_limit(LIMITS[limit]):
         check(case, sample, torch.float32)
+
+
+STEPS = [p for p in PAIRS if p.values[0].name == "ntm_step"]
+
+
+@pytest.mark.parametrize("block", ["0", "1000000"], ids=["tiles", "one_block"])
+@pytest.mark.parametrize("case, sample", STEPS)
+def test_a_step_by_tiles_and_in_one_block(case, sample, block, backend, monkeypatch):
+    monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+    check(case, sample, torch.float32)
+
+
+def test_the_block_of_a_step_decides_its_launches(backend, monkeypatch):
+    case = case_of("ntm_step")
+    sample = case.samples[0].resized(N=300, W=40)  # 12,000 numbers
+    found = []
+    for block in ("", "11999", "12000"):
+        monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+        with cuda_shim.recorded() as launches:
+            run(case.function, case, sample, case.inputs(sample, torch.float32))
+        found.append(len(launches))
+    assert found == [10, 10, 2]
+
+
+@pytest.mark.parametrize("block", ["many", "-1", "1e4"])
+def test_a_wrong_block_of_a_step(block, backend, monkeypatch):
+    monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+    case = case_of("ntm_step")
+    with pytest.raises(RuntimeError, match=f"MEMCORE_STEP_BLOCK must be a whole number >= 0, got '{block}'"):
+        run(case.function, case, case.samples[0], case.inputs(case.samples[0], torch.float32))

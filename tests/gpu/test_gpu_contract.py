@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import memcore
-from cases import CASES, assert_close
+from cases import CASES, assert_close, case as case_of
 from contract import FIRSTS, PAIRS, expected, run
 from gpu_device import BACKENDS, call, each_operator, moved, operators, settled, through
 
@@ -98,6 +98,16 @@ def test_repeats_bitwise(backend, case, sizes, device):
         first = call(case, sample, x)
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(call(case, sample, x), first, strict=True))
+
+
+@pytest.mark.parametrize("block", ["0", "58000"], ids=["tiles", "one_block"])
+def test_a_step_by_tiles_and_in_one_block(block, device, monkeypatch):
+    """Whichever of the two a memory's size does not choose by itself."""
+    monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+    step = case_of("ntm_step")
+    sizes = {"N": 20} if block == "0" else {"N": 500, "W": 60}
+    with through("native", device):
+        check(step, step.samples[0].resized(**sizes), torch.float32, device)
 
 
 @pytest.mark.parametrize("empty", ["B", "N", "W"])

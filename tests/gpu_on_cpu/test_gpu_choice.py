@@ -106,8 +106,8 @@ def test_limits_are_those_of_the_kernels():
     from memcore.kernels import _triton
 
     assert (_backend.BLOCK, _backend.WIDEST) == (_triton.sizes.whole, _triton.sizes.width)
-    tiles = (shim_build.CUDA / "ntm_step_tiles.cu").read_text()
-    assert f"constexpr int64_t kWhole = {_backend.BLOCK};" in tiles  # where ntm_step begins to go by tiles
+    step = (shim_build.CUDA / "ntm_step.h").read_text()
+    assert f"constexpr int64_t kWhole = {_backend.BLOCK};" in step  # where ntm_step begins to go by tiles
 
 
 # What runs ------------------------------------------------------------------------------------------------------------

@@ -137,9 +137,37 @@ def test_equals_steps_without_kernel():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+# Few large memories: threads share the work of a step.
+PARTS = {
+    "one": {"B": 1, "N": 1030, "R": 2},
+    "two": {"B": 2, "N": 1030, "lengths": [4, 2]},
+    "last_part_short": {"B": 1, "N": 1300, "W": 51, "R": 1},
+    "two_writes": {"B": 1, "N": 1100, "R": 1, "Hw": 2},
+    "reads_first": {"B": 1, "N": 1030, "R": 2, "order": "read_write"},
+    "only_writes": {"B": 1, "N": 1030, "R": 0},
+    "only_reads": {"B": 1, "N": 1030, "R": 1, "Hw": 0},
+    "large_controller": {"B": 1, "N": 1030, "R": 2, "K": 300, "T": 2},
+    "many_parts": {"B": 1, "N": 5000, "W": 14, "R": 1},
+}
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("name", PARTS)
+def test_matches_float64_in_parts(name, path):
+    drawn = draw(**{"T": 4, "W": 64, **PARTS[name]})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with use_path(path):
+            compare(drawn)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(_backend.native is None, reason="the native library is not built")
-def test_threads_change_no_bit():
-    drawn = draw(B=21, T=12, N=40, W=20, K=50, R=2, layers=2)
+@pytest.mark.parametrize("sizes", [{"B": 21, "T": 12, "N": 40, "W": 20, "K": 50, "R": 2, "layers": 2}, *({"T": 4, "W": 64, **x} for x in PARTS.values())], ids=["small", *PARTS])
+def test_threads_change_no_bit(sizes):
+    drawn = draw(**sizes)
     before = torch.get_num_threads()
     found = []
     try:

@@ -9,8 +9,11 @@ call, views free, of the tuned form in bench/baselines.py (`eager`) and of the o
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 for p in (HERE.parents[1], HERE.parent, HERE):
@@ -23,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcore.bench import baselines
 
-from cases import CASES, Case, Inputs, Sample, as_tuple
+from cases import CASES, Case, Inputs, Sample, as_tuple, case as case_of
 from contract import cotangents, run
 from ptx_suite import BACKENDS, ROOT, Emulator, emulated, missing, nvcc_version, operators
 
-__all__ = ["COMMITTED", "PAGE", "SHAPES", "bars", "page", "row", "text", "versions"]
+__all__ = ["COMMITTED", "ONE_BLOCK", "PAGE", "SHAPES", "bars", "page", "row", "text", "versions"]
 
 COMMITTED = ROOT / "results" / "gpu" / "traffic.json"
 PAGE = ROOT / "docs" / "gpu-traffic.md"
@@ -42,6 +45,8 @@ SHAPES = {
     "heads": ({"B": 1, "H": 9, "N": 128, "W": 20, "Hr": 5, "Hw": 4}, torch.float32),
     "large": ({"B": 1, "H": 2, "N": 2048, "W": 64, "Hr": 1, "Hw": 1}, torch.float32),
 }
+
+ONE_BLOCK = "cuda, one block"  # the CUDA kernels told to keep an element's whole memory in one block: a step in one launch
 
 
 def shape_of(case: Case, name: str) -> tuple[Sample, torch.dtype]:
@@ -119,8 +124,9 @@ COLUMNS = ("bytes", "read", "read_requests", "read_sectors", "written", "write_r
 def row(backend: str, case: Case, name: str) -> dict[str, dict]:
     """{"fwd", "bwd"} -> launches, bytes of PyTorch, and COLUMNS of every tensor and of all workspaces."""
     sample, dtype = shape_of(case, name)
-    emulator = Emulator(backend, ARCH, orders=("lockstep",), races=False, count=True)
-    with emulated(emulator):
+    emulator = Emulator("cuda" if backend == ONE_BLOCK else backend, ARCH, orders=("lockstep",), races=False, count=True)
+    block = {"MEMCORE_STEP_BLOCK": str(2**31)} if backend == ONE_BLOCK else {}
+    with mock.patch.dict(os.environ, block), emulated(emulator):
         run(case.function, case, sample, case.inputs(sample, dtype))
     forms = {"reference": case.reference, "eager": tuned(case)}
     others = {k: plain(f, case, sample, case.inputs(sample, dtype)) for k, f in forms.items() if f is not None}
@@ -167,7 +173,7 @@ def bars(case: Case, name: str, made: dict[str, dict]) -> list[str]:
 
     Forward, memory is read at most once if it fits shared memory or is only written to, at most twice else, and written once. Backward goes at
     most three times over it and over its gradient. A step of several launches, by tiles, reads it twice, too: on a GPU many blocks that read twice were
-    faster than one that reads once (csrc/cuda/ntm_step_tiles.cu). A search's tile of queries reads every key once, and each query those of its 35 candidates again.
+    faster than one that reads once (csrc/cuda/ntm_step_tiles.cu), which MEMCORE_STEP_BLOCK chooses. A search's tile of queries reads every key once, and each query those of its 35 candidates again.
     """
     if "keys" in case.shapes:
         n, most = times(made["fwd"], "keys", "read"), 1.01 + 35 * SHAPES[name][0]["B"] / SHAPES[name][0]["N"]
@@ -186,6 +192,15 @@ def bars(case: Case, name: str, made: dict[str, dict]) -> list[str]:
     if times(fwd, "memory", "read") < 0.9 or times(bwd, "dmemory", "written") != 1 or writes and times(fwd, "memory'", "written") != 1:
         wrong.append(f"{case.name}, {name}: something was not counted")
     return wrong
+
+
+def measured() -> Iterator[tuple[Case, str, str]]:
+    """(case, backend, shape) of every row."""
+    for case in CASES:
+        for backend in BACKENDS:
+            if case.name in operators(backend):
+                yield from ((case, backend, name) for name in SHAPES)
+    yield case_of("ntm_step"), ONE_BLOCK, "medium"
 
 
 # The page ---------------------------------------------------------------------------------------------------------------
@@ -288,12 +303,9 @@ def main() -> None:
         if missing(backend):
             raise SystemExit(f"the table needs both backends: {missing(backend)}")
     rows, wrong = {}, []
-    for case in CASES:
-        for backend in BACKENDS:
-            if case.name in operators(backend):
-                for name in SHAPES:
-                    made = rows[f"{case.name}/{name}/{backend}"] = row(backend, case, name)
-                    wrong += [f"{backend}: {w}" for w in bars(case, name, made)]
+    for case, backend, name in measured():
+        made = rows[f"{case.name}/{name}/{backend}"] = row(backend, case, name)
+        wrong += [f"{backend}: {w}" for w in bars(case, name, made)]
     table = {"versions": versions(), "rows": rows}
     COMMITTED.parent.mkdir(parents=True, exist_ok=True)
     COMMITTED.write_text(text(table))

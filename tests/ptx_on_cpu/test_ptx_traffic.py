@@ -5,23 +5,21 @@ import json
 import pytest
 import torch
 
-from cases import CASES, case as case_of
-from ptx_suite import BACKENDS, missing, operators
-from ptx_traffic import COMMITTED, PAGE, SHAPES, bars, least, moved, page, plain, row, text, tuned, versions
+from cases import case as case_of
+from ptx_suite import missing
+from ptx_traffic import COMMITTED, ONE_BLOCK, PAGE, bars, least, measured, moved, page, plain, row, text, times, tuned, versions
 
 TABLE = json.loads(COMMITTED.read_text())
 
 
 def plan():
-    for c in CASES:
-        for backend in BACKENDS:
-            if c.name in operators(backend):
-                for name in SHAPES:
-                    marks = [pytest.mark.skip(reason=missing(backend))] if missing(backend) else []
-                    # The copy task's memory in every run, and the operators of which the bars speak beyond shared memory.
-                    if name not in ("copy", "heads") and not (name == "large" and c.name in ("content_addressing", "ntm_step")):
-                        marks.append(pytest.mark.slow)
-                    yield pytest.param(backend, c, name, id=f"{backend}-{c.name}-{name.replace(' ', '_')}", marks=marks)
+    for c, backend, name in measured():
+        why = missing("cuda" if backend == ONE_BLOCK else backend)
+        marks = [pytest.mark.skip(reason=why)] if why else []
+        # The copy task's memory in every run, and the operators of which the bars speak beyond shared memory.
+        if name not in ("copy", "heads") and not (name == "large" and c.name in ("content_addressing", "ntm_step")) and backend != ONE_BLOCK:
+            marks.append(pytest.mark.slow)
+        yield pytest.param(backend, c, name, id=f"{backend}-{c.name}-{name}".replace(" ", "_").replace(",", ""), marks=marks)
 
 
 @pytest.mark.parametrize("backend, case, name", list(plan()))
@@ -41,7 +39,7 @@ def test_traffic(backend, case, name):
 def test_the_page_is_drawn_from_the_table():
     """And the table has nothing that is not there any more."""
     assert PAGE.read_text() == page(TABLE) and COMMITTED.read_text() == text(TABLE)
-    assert set(TABLE["rows"]) <= {f"{c.name}/{name}/{b}" for c in CASES for b in BACKENDS if c.name in operators(b) for name in SHAPES}
+    assert set(TABLE["rows"]) <= {f"{c.name}/{name}/{backend}" for c, backend, name in measured()}
 
 
 def test_committed_rows_meet_the_bars():
@@ -62,6 +60,13 @@ def test_a_second_pass_over_memory_is_seen():
             counts = changed["fwd"]["tensors"]["memory"]
             counts[1] += counts[0]
             assert any("memory is read 2.0" in w or "memory is read 1.9" in w for w in bars(case_of(op), name, changed)), key
+
+
+def test_one_block_reads_a_memory_that_fits_once():
+    """In one launch each way, where the faster tiles take several and read it twice (docs/gpu.md)."""
+    whole, tiles = (TABLE["rows"][f"ntm_step/medium/{backend}"] for backend in (ONE_BLOCK, "cuda"))
+    assert whole["fwd"]["launches"] == whole["bwd"]["launches"] == 1 < tiles["fwd"]["launches"]
+    assert times(whole["fwd"], "memory", "read") <= 1.05 < times(tiles["fwd"], "memory", "read") <= 2
 
 
 def test_pytorch_is_counted():
