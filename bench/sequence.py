@@ -14,13 +14,14 @@ from ..kernels.ntm_sequence.op import copies_every, saved_numbers
 from . import baselines, measure
 from .cases import Gate, StepCase, close
 
-__all__ = ["MANN_SEQUENCES", "MODELS", "SCALING", "SCALING_QUICK", "SEQUENCES", "Recurrence", "recurrences", "sequence"]
+__all__ = ["ALONE", "MANN_SEQUENCES", "MODELS", "SCALING", "SCALING_QUICK", "SEQUENCES", "Recurrence", "recurrences", "sequence"]
 
 SEQUENCES = {
     "small": StepCase(16, 1, 1, 128, 20, 40, Gate(12, 5, saved=0.45)),
     "mid": StepCase(64, 4, 1, 512, 64, 40, Gate(12, 5, saved=0.45)),
     "large": StepCase(32, 4, 1, 4096, 64, 8, Gate(10, 5, saved=0.45)),
 }
+ALONE = StepCase(1, 4, 1, 4096, 64, 16, Gate())  # one large memory: threads share its steps
 MANN_SEQUENCES = {"small": StepCase(16, 4, 4, 128, 40, 50, Gate())}  # the paper's model on its 5-class episodes
 _BASE = StepCase(16, 1, 1, 128, 20, 40, Gate())
 _SIZES = {"B": (1, 4, 16, 64), "N": (32, 128, 512, 2048), "W": (8, 20, 64, 128), "T": (16, 64, 256, 1024)}
@@ -136,6 +137,7 @@ def sequence(run: Any) -> None:
     """A whole NTM over a sequence at three sizes and a MANN, then how the NTM's cost goes with B, N, W and T; times are of one step."""
     wanted = [v for v in run.variants if v in ("memcore", "eager", "compile")]
     cases = [(kind, table[size]) for kind, table in (("NTM", SEQUENCES), ("MANN", MANN_SEQUENCES)) for size in run.sizes if size in table]
+    cases += [("NTM", ALONE)] if "large" in run.sizes else []
     for kind, case in [] if run.only else cases:
         for count in run.threads:
             with measure.threads(count):

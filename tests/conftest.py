@@ -1,5 +1,6 @@
 """What every test gets: seeds, one thread, uninitialised memory full of NaN, and the operators' backends."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # thousands of collected tests, which every full collection would walk through
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpu_device import Graph, busy_stream, no_synchronisation, through
 
+import memcore
 from memcore import reference
 from memcore.kernels.ntm_sequence import cuda
 
@@ -80,3 +81,26 @@ def test_a_graph_is_captured_and_replayed(device):
         wanted = both(leaves, names, options)
         for _ in range(2):
             assert all(torch.equal(a, b) for a, b in zip(graph.replay(), wanted, strict=True))
+
+
+def test_a_model_beyond_a_block_trains_through_a_graph(device):
+    """Steps of `ntm_step`, captured by torch.cuda.make_graphed_callables: one replay forward, one backward, on new inputs."""
+    torch.manual_seed(0)
+    model = memcore.NTM(5, 4, memory_slots=3000, slot_width=64, controller_size=16).to(device)
+    x = torch.randn(6, 2, 5, device=device)
+
+    def losses(net):
+        found = []
+        for turn in range(3):
+            model.zero_grad(set_to_none=True)
+            loss = net(x.roll(turn, 0))[0].square().mean()
+            loss.backward()
+            found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters())]
+        return found
+
+    with through("native", device):
+        wanted = losses(model)
+        graphed = torch.cuda.make_graphed_callables(model, (x,)) if device == "cuda" else model
+        found = losses(graphed)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
