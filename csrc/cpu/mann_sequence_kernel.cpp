@@ -8,40 +8,14 @@
 // rebuilds the others.
 #include "mann_sequence.h"
 
-#include "gemm.h"
 #include "lstm.h"
-#include "weight_gradient.h"
+#include "recurrence.h"
 
 namespace memcore {
 namespace MC_ISA {
 namespace {
 
 MC_INLINE int64_t up16(int64_t n) { return MannArgs::up16(n); }
-
-// The flat parameters: for each layer weight [D, G] and bias [G]; interface weight [I, K] and bias; output weight [O, K + F] and bias.
-template <class P> struct Parameters {
-  P *weight[MannArgs::kLayers], *bias[MannArgs::kLayers], *interface, *interface_bias, *output, *output_bias;
-  Parameters(const MannArgs& a, P* at) {
-    const auto take = [&](int64_t n) {
-      P* begin = at;
-      at += n;
-      return begin;
-    };
-    for (int64_t l = 0; l < a.layers; l++) weight[l] = take(a.D(l) * a.G()), bias[l] = take(a.G());
-    interface = take(a.I() * a.K), interface_bias = take(a.I());
-    output = take(a.O * (a.K + a.F())), output_bias = take(a.O);
-  }
-};
-
-// Lays arrays over memory that is there already.
-struct Cursor {
-  char* at;
-  int64_t used = 0;
-  template <class C> void take(C*& p, int64_t n) {
-    p = (C*)(at + used);
-    used += round_up((n > 0 ? n : 1) * (int64_t)sizeof(C), 64);
-  }
-};
 
 // Weights as the products of one direction want them, biases padded. Rows of a layer's weight: of the input (first layer), of its own last
 // output, and of what lies below (the reads, the layer below).
@@ -64,16 +38,12 @@ template <class C> struct Weights {
     at.take(interface_bias, up16(I)), at.take(output_bias, up16(O));
   }
   void fill_in(const MannArgs& a, bool backward) {
-    const Parameters<const C> p(a, (const C*)a.parameters);
+    const Parameters<const C, MannArgs::kLayers> p(a, (const C*)a.parameters);
     const int64_t G = a.G();
-    const auto pad = [](C* to, const C* from, int64_t n) {
-      copy(to, from, n);
-      fill(to + n, up16(n) - n, (C)0);
-    };
     for (int64_t l = 0; l < a.layers; l++) {
       const C* from = p.weight[l] + (l == 0 ? a.X * G : 0);
       if (backward) own[l].pack_transposed(from);
-      else own[l].pack(from), below[l].pack(from + a.K * G), pad(bias[l], p.bias[l], G);
+      else own[l].pack(from), below[l].pack(from + a.K * G), pad(bias[l], p.bias[l], G, up16(G));
     }
     if (backward) {
       input.pack_transposed(p.weight[0]), interface.pack(p.interface), output_own.pack(p.output);
@@ -81,7 +51,7 @@ template <class C> struct Weights {
     }
     input.pack(p.weight[0]), interface.pack_transposed(p.interface);
     transpose(output_own, p.output, a.K + a.F()), transpose(output_reads, p.output + a.K, a.K + a.F());
-    pad(interface_bias, p.interface_bias, a.I()), pad(output_bias, p.output_bias, a.O);
+    pad(interface_bias, p.interface_bias, a.I(), up16(a.I())), pad(output_bias, p.output_bias, a.O, up16(a.O));
   }
   // The transpose of rows `ld` apart.
   static void transpose(const Packed<C>& to, const C* from, int64_t ld) {
@@ -467,21 +437,10 @@ template <class C> struct Sequence {
   }
 };
 
-// Gradients of the weights that multiply one vector: of the blocks of their rows and, if they are stored the other way round, of their columns.
-template <class C> struct Gradient {
-  static constexpr int kSources = 3;
-  Source<C> source[kSources];
-  C* bias;
-  const C* deltas;
-  int64_t N, ldd;
-  bool transposed;
-
-  int64_t panels() const { return (padded<C>(N) + Packed<C>::P - 1) / Packed<C>::P; }
-};
 template <class C, class F> void gradients(const MannArgs& a, F f) {
   const MannSaved saved(a);
   const MannDeltas deltas(a);
-  const Parameters<C> p(a, (C*)a.dparameters);
+  const Parameters<C, MannArgs::kLayers> p(a, (C*)a.dparameters);
   const C *from = (const C*)a.saved, *d = (const C*)a.deltas;
   const int64_t K = a.K, F_ = a.F(), G = a.G(), Kp = up16(K), Fp = up16(F_), next = a.B, top = a.layers - 1;
   for (int64_t l = 0; l < a.layers; l++) {
@@ -496,37 +455,10 @@ template <class C, class F> void gradients(const MannArgs& a, F f) {
   f(Gradient<C>{{{h, Kp, K, p.output, K + F_}, {r, Fp, F_, p.output + K, K + F_}, none}, p.output_bias, d + deltas.output, a.O, up16(a.O), true});
 }
 
-template <class F> MC_INLINE void with_wide(DType dtype, F f) {
-  if (dtype == DType::f64) f(double{});
-  else f(float{});
-}
-
-template <class C> void panel_of(const MannArgs& a, int64_t panel) {
-  gradients<C>(a, [&](const Gradient<C>& g) {
-    if (panel >= 0 && panel < g.panels()) weight_gradient(g.source, g.kSources, g.bias, g.deltas, g.ldd, g.N, panel * Packed<C>::P, a.T * a.B, g.transposed);
-    panel -= g.panels();
-  });
-}
-
 }  // namespace
 
-int64_t mann_sequence_packed(const MannArgs& a, bool backward) {
-  int64_t bytes = 0;
-  with_wide(a.dtype, [&](auto c) {
-    Cursor at{nullptr};
-    Weights<decltype(c)>().layout(at, a, backward);
-    bytes = at.used / (int64_t)sizeof c;
-  });
-  return bytes;
-}
-void mann_sequence_pack(const MannArgs& a, bool backward) {
-  with_wide(a.dtype, [&](auto c) {
-    Cursor at{(char*)a.packed};
-    Weights<decltype(c)> weights;
-    weights.layout(at, a, backward);
-    weights.fill_in(a, backward);
-  });
-}
+int64_t mann_sequence_packed(const MannArgs& a, bool backward) { return packed_numbers<Weights>(a, backward); }
+void mann_sequence_pack(const MannArgs& a, bool backward) { pack<Weights>(a, backward); }
 void mann_sequence_fwd(const MannArgs& a, int64_t begin, int64_t end) {
   with_wide(a.dtype, [&](auto c) {
     Sequence<decltype(c)> s(a, false);
@@ -543,12 +475,12 @@ void mann_sequence_bwd(const MannArgs& a, int64_t begin, int64_t end) {
 }
 int64_t mann_sequence_panels(const MannArgs& a) {
   int64_t count = 0;
-  with_wide(a.dtype, [&](auto c) { gradients<decltype(c)>(a, [&](const auto& g) { count += g.panels(); }); });
+  with_wide(a.dtype, [&](auto c) { count = count_panels<decltype(c)>([&](auto f) { gradients<decltype(c)>(a, f); }); });
   return count;
 }
 void mann_sequence_parameters(const MannArgs& a, int64_t begin, int64_t end) {
   with_wide(a.dtype, [&](auto c) {
-    for (int64_t i = begin; i < end; i++) panel_of<decltype(c)>(a, i);
+    for (int64_t i = begin; i < end; i++) panel_of<decltype(c)>([&](auto f) { gradients<decltype(c)>(a, f); }, i, a.T * a.B);
   });
 }
 

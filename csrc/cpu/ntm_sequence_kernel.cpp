@@ -6,39 +6,14 @@
 // interface, similarities, squared norms, weights) and a copy of the memory every few steps, from which the backward rebuilds the others.
 #include "ntm_sequence.h"
 
-#include "gemm.h"
 #include "interface.h"
 #include "lstm.h"
+#include "recurrence.h"
 #include "tiles.h"
 
 namespace memcore {
 namespace MC_ISA {
 namespace {
-
-// The flat parameters: for each layer weight [D, G] and bias [G]; interface weight [I, K] and bias; output weight [O, K + F] and bias.
-template <class P> struct Parameters {
-  P *weight[9], *bias[9], *interface, *interface_bias, *output, *output_bias;
-  Parameters(const SequenceArgs& a, P* at) {
-    const auto take = [&](int64_t n) {
-      P* begin = at;
-      at += n;
-      return begin;
-    };
-    for (int64_t l = 0; l < a.layers; l++) weight[l] = take(a.D(l) * a.G()), bias[l] = take(a.G());
-    interface = take(a.I() * a.K), interface_bias = take(a.I());
-    output = take(a.O * (a.K + a.F())), output_bias = take(a.O);
-  }
-};
-
-// Lays arrays over memory that is there already.
-struct Cursor {
-  char* at;
-  int64_t used = 0;
-  template <class C> void take(C*& p, int64_t n) {
-    p = (C*)(at + used);
-    used += round_up((n > 0 ? n : 1) * (int64_t)sizeof(C), 64);
-  }
-};
 
 // Weights as the products of one direction want them, biases padded.
 template <class C> struct Weights {
@@ -55,17 +30,13 @@ template <class C> struct Weights {
     else interface.layout(at, K, I), output.layout(at, K + F, O), at.take(interface_bias, up16(I)), at.take(output_bias, up16(O));
   }
   void fill_in(const SequenceArgs& a, bool backward) {
-    const Parameters<const C> p(a, (const C*)a.parameters);
-    const auto pad = [](C* to, const C* from, int64_t n) {
-      copy(to, from, n);
-      fill(to + n, up16(n) - n, (C)0);
-    };
+    const Parameters<const C, SavedLayout::kLayers> p(a, (const C*)a.parameters);
     for (int64_t l = 0; l < a.layers; l++) {
       if (backward) layer[l].pack_transposed(p.weight[l]);
-      else layer[l].pack(p.weight[l]), pad(bias[l], p.bias[l], a.G());
+      else layer[l].pack(p.weight[l]), pad(bias[l], p.bias[l], a.G(), up16(a.G()));
     }
     if (backward) interface.pack(p.interface), output.pack(p.output);
-    else interface.pack_transposed(p.interface), output.pack_transposed(p.output), pad(interface_bias, p.interface_bias, a.I()), pad(output_bias, p.output_bias, a.O);
+    else interface.pack_transposed(p.interface), output.pack_transposed(p.output), pad(interface_bias, p.interface_bias, a.I(), up16(a.I())), pad(output_bias, p.output_bias, a.O, up16(a.O));
   }
 };
 
@@ -445,69 +416,24 @@ template <class C> struct Sequence {
   C* delta(int64_t kind, int64_t width, int64_t t, int64_t b) const { return (C*)a.deltas + kind + (t * a.B + b) * width; }
 };
 
-// A product whose parameters' gradients are wanted: weight [K, N] = in^T deltas, bias = the deltas' sums.
-template <class C> struct Gradient {
-  C *weight, *bias;
-  const C *in, *deltas;
-  int64_t K, N, ldi, ldd;
-  bool transposed;  // the weight is stored as [N, K]
-  int64_t panels() const { return (padded<C>(N) + Packed<C>::P - 1) / Packed<C>::P; }
-};
 template <class C, class F> void gradients(const SequenceArgs& a, F f) {
   const SavedLayout saved(a);
   const DeltaLayout deltas(a);
-  const Parameters<C> p(a, (C*)a.dparameters);
+  const Parameters<C, SavedLayout::kLayers> p(a, (C*)a.dparameters);
   const C *from = (const C*)a.saved, *d = (const C*)a.deltas;
   const int64_t Q = a.K + a.F();
+  const Source<C> none{nullptr, 0, 0, nullptr, 0};
   for (int64_t l = 0; l < a.layers; l++)
-    f(Gradient<C>{p.weight[l], p.bias[l], from + saved.inputs[l], d + deltas.sums[l], a.D(l), a.G(), up16(a.D(l)), up16(a.G()), false});
-  f(Gradient<C>{p.interface, p.interface_bias, from + saved.features, d + deltas.interface, a.K, a.I(), up16(Q), up16(a.I()), true});
-  f(Gradient<C>{p.output, p.output_bias, from + saved.features, d + deltas.output, Q, a.O, up16(Q), up16(a.O), true});
-}
-
-template <class F> MC_INLINE void with_wide(DType dtype, F f) {
-  if (dtype == DType::f64) f(double{});
-  else f(float{});
-}
-
-template <class C> void panel_of(const SequenceArgs& a, int64_t panel) {
-  gradients<C>(a, [&](const Gradient<C>& g) {
-    const int64_t n = panel * Packed<C>::P;
-    if (panel >= 0 && panel < g.panels()) {
-      const int64_t rows = a.T * a.B, w = g.N - n < Packed<C>::P ? g.N - n : Packed<C>::P;
-      C *sums, *found;
-      Arena arena([&](Arena& x) { x.take(sums, (g.K + 1) * Packed<C>::P), x.take(found, g.transposed ? g.K * w : 0); });
-      if (!g.transposed) {
-        outer_panel(g.weight + n, g.bias + n, g.K, g.N, w, g.in, g.ldi, g.deltas + n, g.ldd, rows, sums);
-      } else {
-        outer_panel(found, g.bias + n, g.K, w, w, g.in, g.ldi, g.deltas + n, g.ldd, rows, sums);
-        for (int64_t i = 0; i < w; i++)
-          for (int64_t k = 0; k < g.K; k++) g.weight[(n + i) * g.K + k] = found[k * w + i];
-      }
-    }
-    panel -= g.panels();
-  });
+    f(Gradient<C>{{{from + saved.inputs[l], up16(a.D(l)), a.D(l), p.weight[l], a.G()}, none, none}, p.bias[l], d + deltas.sums[l], a.G(), up16(a.G()), false});
+  const C* features = from + saved.features;
+  f(Gradient<C>{{{features, up16(Q), a.K, p.interface, a.K}, none, none}, p.interface_bias, d + deltas.interface, a.I(), up16(a.I()), true});
+  f(Gradient<C>{{{features, up16(Q), Q, p.output, Q}, none, none}, p.output_bias, d + deltas.output, a.O, up16(a.O), true});
 }
 
 }  // namespace
 
-int64_t ntm_sequence_packed(const SequenceArgs& a, bool backward) {
-  int64_t bytes = 0;
-  with_wide(a.dtype, [&](auto c) {
-    Cursor at{nullptr};
-    Weights<decltype(c)>().layout(at, a, backward);
-    bytes = at.used / (int64_t)sizeof c;
-  });
-  return bytes;
-}
-void ntm_sequence_pack(const SequenceArgs& a, bool backward) {
-  with_wide(a.dtype, [&](auto c) {
-    Cursor at{(char*)a.packed};
-    Weights<decltype(c)> weights;
-    weights.layout(at, a, backward);
-    weights.fill_in(a, backward);
-  });
-}
+int64_t ntm_sequence_packed(const SequenceArgs& a, bool backward) { return packed_numbers<Weights>(a, backward); }
+void ntm_sequence_pack(const SequenceArgs& a, bool backward) { pack<Weights>(a, backward); }
 void ntm_sequence_fwd(const SequenceArgs& a, int64_t begin, int64_t end) {
   with_wide(a.dtype, [&](auto c) {
     Sequence<decltype(c)> s(a, false);
@@ -524,12 +450,12 @@ void ntm_sequence_bwd(const SequenceArgs& a, int64_t begin, int64_t end) {
 }
 int64_t ntm_sequence_panels(const SequenceArgs& a) {
   int64_t count = 0;
-  with_wide(a.dtype, [&](auto c) { gradients<decltype(c)>(a, [&](const auto& g) { count += g.panels(); }); });
+  with_wide(a.dtype, [&](auto c) { count = count_panels<decltype(c)>([&](auto f) { gradients<decltype(c)>(a, f); }); });
   return count;
 }
 void ntm_sequence_parameters(const SequenceArgs& a, int64_t begin, int64_t end) {
   with_wide(a.dtype, [&](auto c) {
-    for (int64_t i = begin; i < end; i++) panel_of<decltype(c)>(a, i);
+    for (int64_t i = begin; i < end; i++) panel_of<decltype(c)>([&](auto f) { gradients<decltype(c)>(a, f); }, i, a.T * a.B);
   });
 }
 
