@@ -207,16 +207,12 @@ template <class C> MC_INLINE C extreme_of(const C* sim, int64_t N, bool greatest
 template <class C> struct Scores {
   C extreme, inverse;
 };
-template <class C> inline Scores<C> score(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
+template <class C> MC_INLINE C score_extreme(const C* sim, int64_t N, C beta, const bool* mask) {
+  const C extreme = extreme_of(sim, N, beta >= 0, mask);
+  return extreme == infinity<C>() || extreme == -infinity<C>() ? extreme - extreme : extreme;  // nothing but NaN, or infinite scores
+}
+template <class C> MC_INLINE C score_from(C* w, const C* sim, int64_t N, int64_t Np, C beta, C extreme, const bool* mask) {
   constexpr int L = Lanes<C>::n;
-  bool any = !mask && N > 0;
-  for (int64_t n = 0; mask && n < N && !any; n++) any = mask[n];
-  if (!any) {
-    fill(w, Np, (C)0);
-    return {0, 0};
-  }
-  C extreme = extreme_of(sim, N, beta >= 0, mask);
-  if (extreme == infinity<C>() || extreme == -infinity<C>()) extreme = extreme - extreme;  // nothing but NaN, or infinite scores
   Total<C> total;
   for (int64_t n = 0; n < Np; n += L) {
     Vec<C> e = first<C>(exp_negative(beta * (load(sim + n) - extreme)), N - n);
@@ -225,7 +221,17 @@ template <class C> inline Scores<C> score(C* w, const C* sim, int64_t N, int64_t
     store(w + n, e);
     total.add(e);
   }
-  return {extreme, 1 / total.value()};
+  return 1 / total.value();
+}
+template <class C> inline Scores<C> score(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
+  bool any = !mask && N > 0;
+  for (int64_t n = 0; mask && n < N && !any; n++) any = mask[n];
+  if (!any) {
+    fill(w, Np, (C)0);
+    return {0, 0};
+  }
+  const C extreme = score_extreme(sim, N, beta, mask);
+  return {extreme, score_from(w, sim, N, Np, beta, extreme, mask)};
 }
 // w = softmax(beta (sim - extreme)); returns the extreme.
 template <class C> inline C softmax(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
@@ -236,12 +242,16 @@ template <class C> inline C softmax(C* w, const C* sim, int64_t N, int64_t Np, C
   return s.extreme;
 }
 
-// dw becomes dsim; returns dbeta.
-template <class C> inline C softmax_backward(C* dw, const C* w, const C* sim, C extreme, int64_t Np, C beta) {
+template <class C> MC_INLINE C inner_product(const C* a, const C* b, int64_t Np) {
   constexpr int L = Lanes<C>::n;
-  Total<C> inner, strength;
-  for (int64_t n = 0; n < Np; n += L) inner.add(load(w + n) * load(dw + n));
-  const C mean = inner.value();
+  Total<C> total;
+  for (int64_t n = 0; n < Np; n += L) total.add(load(a + n) * load(b + n));
+  return total.value();
+}
+// dw becomes dsim; returns dbeta. `mean` is the inner product of w and dw.
+template <class C> MC_INLINE C softmax_backward_from(C* dw, const C* w, const C* sim, C extreme, C mean, int64_t Np, C beta) {
+  constexpr int L = Lanes<C>::n;
+  Total<C> strength;
   for (int64_t n = 0; n < Np; n += L) {
     const Vec<C> x = load(w + n);
     const Vec<C> t = x == 0 ? Vec<C>{} : x * (load(dw + n) - mean);
@@ -249,6 +259,9 @@ template <class C> inline C softmax_backward(C* dw, const C* w, const C* sim, C 
     store(dw + n, t == 0 ? Vec<C>{} : t * beta);
   }
   return strength.value();
+}
+template <class C> inline C softmax_backward(C* dw, const C* w, const C* sim, C extreme, int64_t Np, C beta) {
+  return softmax_backward_from(dw, w, sim, extreme, inner_product(w, dw, Np), Np, beta);
 }
 
 // ---- circular shift ----
@@ -322,50 +335,48 @@ template <class C> struct Ratio {
   MC_INLINE Vec<C> of(Vec<C> v) const { return v * up * inverse; }
 };
 
-// What sharpen_row leaves for a backward, where its result is known.
-template <class C> inline void sharpen_again(C* ratio_log, const C* w, C gamma, int64_t Np) {
-  constexpr int L = Lanes<C>::n;
-  const C extreme = sharpest(w, gamma, Np);
-  if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())) return fill(ratio_log, Np, (C)0);
-  const Ratio<C> ratio(extreme);
-  for (int64_t n = 0; n < Np; n += L) {
-    const Vec<C> v = load(w + n);
-    store(ratio_log + n, v <= 0 ? Vec<C>{} : log_positive(ratio.of(v)));
-  }
-}
+// Whether there is a sharpest weight to take the others in units of; if not, every weight becomes 0, or NaN.
+template <class C> MC_INLINE bool can_sharpen(C extreme, C gamma) { return !(gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())); }
 
-// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)); ratio_log keeps log(w / extreme) for a backward.
-template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+// p = w^gamma / sum w^gamma over positive weights, as exp(gamma log(w / extreme)), but for the factor that is returned; ratio_log keeps
+// log(w / extreme) for a backward, which with KNOWN is all that is wanted.
+template <class C, bool LOG, bool KNOWN> MC_INLINE C sharpen_from(C* p, C* ratio_log, const C* w, C gamma, C extreme, int64_t N, int64_t Np) {
   constexpr int L = Lanes<C>::n;
-  const C extreme = sharpest(w, gamma, Np);
-  if (gamma != gamma || extreme == 0 || (gamma < 0 && extreme == infinity<C>())) {  // NaN, or nothing positive
+  if (!can_sharpen(extreme, gamma)) {
     C nan = gamma != gamma ? gamma : 0;
     for (int64_t n = 0; n < N; n++) nan = w[n] != w[n] ? w[n] : nan;
-    fill(p, N, nan), fill(p + N, Np - N, (C)0);
+    if (!KNOWN) fill(p, N, nan), fill(p + N, Np - N, (C)0);
     if (LOG) fill(ratio_log, Np, (C)0);
-    return;
+    return 1;
   }
   Total<C> total;
   const Ratio<C> ratio(extreme);
   for (int64_t n = 0; n < Np; n += L) {
     const Vec<C> v = load(w + n);
     const IVec<C> none = v <= 0;
-    const Vec<C> l = log_positive(ratio.of(v)), e = none ? Vec<C>{} : exp_negative(gamma * l);
+    const Vec<C> l = log_positive(ratio.of(v));
     if (LOG) store(ratio_log + n, none ? Vec<C>{} : l);
+    if (KNOWN) continue;
+    const Vec<C> e = none ? Vec<C>{} : exp_negative(gamma * l);
     store(p + n, e);
     total.add(e);
   }
-  const C inverse = 1 / total.value();
-  for (int64_t n = 0; n < Np; n += L) store(p + n, load(p + n) * inverse);
+  return KNOWN ? 1 : 1 / total.value();
+}
+template <class C> MC_INLINE void scale_row(C* p, C factor, int64_t N, int64_t Np) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t n = 0; n < Np; n += L) store(p + n, load(p + n) * factor);
   fill(p + N, Np - N, (C)0);
 }
+template <class C, bool LOG> inline void sharpen_row(C* p, C* ratio_log, const C* w, C gamma, int64_t N, int64_t Np) {
+  const C extreme = sharpest(w, gamma, Np), factor = sharpen_from<C, LOG, false>(p, ratio_log, w, gamma, extreme, N, Np);
+  if (can_sharpen(extreme, gamma)) scale_row(p, factor, N, Np);
+}
 
-// dp becomes dw; returns dgamma.
-template <class C> inline C sharpen_backward(C* dp, const C* p, const C* ratio_log, const C* w, C gamma, int64_t Np) {
+// dp becomes dw; returns dgamma. `mean` is the inner product of p and dp.
+template <class C> MC_INLINE C sharpen_backward_from(C* dp, const C* p, const C* ratio_log, const C* w, C gamma, C mean, int64_t Np) {
   constexpr int L = Lanes<C>::n;
-  Total<C> inner, power;
-  for (int64_t n = 0; n < Np; n += L) inner.add(load(p + n) * load(dp + n));
-  const C mean = inner.value();
+  Total<C> power;
   for (int64_t n = 0; n < Np; n += L) {
     const Vec<C> x = load(p + n), v = load(w + n);
     const Vec<C> t = x == 0 ? Vec<C>{} : x * (load(dp + n) - mean);
@@ -373,6 +384,9 @@ template <class C> inline C sharpen_backward(C* dp, const C* p, const C* ratio_l
     store(dp + n, t == 0 ? Vec<C>{} : gamma * t / v);
   }
   return power.value();
+}
+template <class C> inline C sharpen_backward(C* dp, const C* p, const C* ratio_log, const C* w, C gamma, int64_t Np) {
+  return sharpen_backward_from(dp, p, ratio_log, w, gamma, inner_product(p, dp, Np), Np);
 }
 
 // ---- a head's way from similarities to weights ----
@@ -409,54 +423,83 @@ template <class C> struct Addressing {
     similar.forward(memory, nullptr, block);
     weigh<BACKWARD>();
   }
-  // From the similarities on; with KNOWN the weights are there already.
+  // From the similarities on; with KNOWN the weights are there already. A few heads go side by side, so that none waits for its own sums.
   template <bool BACKWARD, bool KNOWN = false> void weigh() {
-    for (int64_t h = 0; h < similar.H; h++) weigh_head<BACKWARD, KNOWN>(h);
+    for (int64_t h = 0; h < similar.H; h += kSide) weigh_heads<BACKWARD, KNOWN>(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide);
   }
-  template <bool BACKWARD, bool KNOWN = false> void weigh_head(int64_t h) {
+  static constexpr int kSide = 4;
+  template <bool BACKWARD, bool KNOWN = false> void weigh_heads(int64_t h0, int heads) {
     constexpr int L = Lanes<C>::n;
-    const int64_t N = similar.N, Np = similar.Np;
+    const int64_t N = similar.N, Np = similar.Np, ringed = ring_size<C>(Np, R);
     if (N == 0) return;
-    C *wc = content + h * Np, *pr = previous + h * Np, *rg = ring + h * ring_size<C>(Np, R), *ws = shifted + h * Np;
-    const Scores<C> e = score<C>(wc, similar.sim + h * Np, N, Np, beta[h], nullptr);
-    extreme[h] = e.extreme;
-    const C g = gate[h], keep = 1 - g;
-    for (int64_t n = 0; n < Np; n += L) {
-      const Vec<C> c = load(wc + n) * e.inverse;
-      if (BACKWARD) store(wc + n, c);
-      store(rg + R + n, g * c + keep * load(pr + n));
+    C factor[kSide], sharp[kSide];
+    for (int i = 0; i < heads; i++) extreme[h0 + i] = score_extreme<C>(similar.sim + (h0 + i) * Np, N, beta[h0 + i], nullptr);
+    for (int i = 0; i < heads; i++) {
+      const int64_t h = h0 + i;
+      factor[i] = score_from<C>(content + h * Np, similar.sim + h * Np, N, Np, beta[h], extreme[h], nullptr);
     }
-    if (BACKWARD) fill(wc + N, Np - N, (C)0);
-    wrap(rg, N, Np, R);
-    shift_row(ws, rg, shift + h * (2 * R + 1), N, Np, R);
-    if (BACKWARD && KNOWN) sharpen_again(ratio_log + h * Np, ws, gamma[h], Np);
-    else sharpen_row<C, BACKWARD>(weights + h * Np, ratio_log + h * Np, ws, gamma[h], N, Np);
+    for (int i = 0; i < heads; i++) {
+      const int64_t h = h0 + i;
+      C *wc = content + h * Np, *pr = previous + h * Np, *rg = ring + h * ringed;
+      const C g = gate[h], keep = 1 - g;
+      for (int64_t n = 0; n < Np; n += L) {
+        const Vec<C> c = load(wc + n) * factor[i];
+        if (BACKWARD) store(wc + n, c);
+        store(rg + R + n, g * c + keep * load(pr + n));
+      }
+      if (BACKWARD) fill(wc + N, Np - N, (C)0);
+      wrap(rg, N, Np, R);
+    }
+    for (int i = 0; i < heads; i++) shift_row(shifted + (h0 + i) * Np, ring + (h0 + i) * ringed, shift + (h0 + i) * (2 * R + 1), N, Np, R);
+    for (int i = 0; i < heads; i++) sharp[i] = sharpest(shifted + (h0 + i) * Np, gamma[h0 + i], Np);
+    for (int i = 0; i < heads; i++) {
+      const int64_t at = (h0 + i) * Np;
+      factor[i] = sharpen_from<C, BACKWARD, KNOWN>(weights + at, ratio_log + at, shifted + at, gamma[h0 + i], sharp[i], N, Np);
+    }
+    for (int i = 0; i < heads && !KNOWN; i++)
+      if (can_sharpen(sharp[i], gamma[h0 + i])) scale_row(weights + (h0 + i) * Np, factor[i], N, Np);
   }
   // dw [H, Np]: gradient of the weights in, of the similarities out. The other gradients are [H] and [H, 2R + 1]; dprevious [H, Np].
   void backward(C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
-    for (int64_t h = 0; h < similar.H; h++) backward_head(h, dw, dbeta, dgate, dshift, dgamma, dprevious);
+    for (int64_t h = 0; h < similar.H; h += kSide)
+      backward_heads(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide, dw, dbeta, dgate, dshift, dgamma, dprevious);
   }
-  void backward_head(int64_t h, C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
+  void backward_heads(int64_t h0, int heads, C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
     constexpr int L = Lanes<C>::n;
-    const int64_t N = similar.N, Np = similar.Np, S = 2 * R + 1;
-    C *d = dw + h * Np, *wc = content + h * Np, *pr = previous + h * Np, *dp = dprevious + h * Np, *dring = row + h * ring_size<C>(Np, R);
-    fill(dshift + h * S, S, (C)0);
+    const int64_t N = similar.N, Np = similar.Np, S = 2 * R + 1, ringed = ring_size<C>(Np, R);
+    fill(dshift + h0 * S, heads * S, (C)0);
     if (N == 0) {
-      dbeta[h] = dgate[h] = dgamma[h] = 0;
+      fill(dbeta + h0, heads, (C)0), fill(dgate + h0, heads, (C)0), fill(dgamma + h0, heads, (C)0);
       return;
     }
-    dgamma[h] = sharpen_backward(d, weights + h * Np, ratio_log + h * Np, shifted + h * Np, gamma[h], Np);
-    unroll(dring, d, N, Np, R);
-    shift_backward(d, dshift + h * S, dring, ring + h * ring_size<C>(Np, R), shift + h * S, N, Np, R);
-    Total<C> t;
-    for (int64_t n = 0; n < Np; n += L) {
-      const Vec<C> x = load(d + n);
-      t.add(x * (load(wc + n) - load(pr + n)));
-      store(dp + n, x * (1 - gate[h]));
-      store(d + n, x * gate[h]);
+    C mean[kSide];
+    for (int i = 0; i < heads; i++) mean[i] = inner_product(weights + (h0 + i) * Np, dw + (h0 + i) * Np, Np);
+    for (int i = 0; i < heads; i++) {
+      const int64_t h = h0 + i, at = h * Np;
+      dgamma[h] = sharpen_backward_from(dw + at, weights + at, ratio_log + at, shifted + at, gamma[h], mean[i], Np);
     }
-    dgate[h] = t.value();
-    dbeta[h] = softmax_backward(d, wc, similar.sim + h * Np, extreme[h], Np, beta[h]);
+    for (int i = 0; i < heads; i++) unroll(row + (h0 + i) * ringed, dw + (h0 + i) * Np, N, Np, R);
+    for (int i = 0; i < heads; i++) {
+      const int64_t h = h0 + i;
+      shift_backward(dw + h * Np, dshift + h * S, row + h * ringed, ring + h * ringed, shift + h * S, N, Np, R);
+    }
+    for (int i = 0; i < heads; i++) {
+      const int64_t h = h0 + i;
+      C *d = dw + h * Np, *wc = content + h * Np, *pr = previous + h * Np, *dp = dprevious + h * Np;
+      Total<C> t;
+      for (int64_t n = 0; n < Np; n += L) {
+        const Vec<C> x = load(d + n);
+        t.add(x * (load(wc + n) - load(pr + n)));
+        store(dp + n, x * (1 - gate[h]));
+        store(d + n, x * gate[h]);
+      }
+      dgate[h] = t.value();
+    }
+    for (int i = 0; i < heads; i++) mean[i] = inner_product(content + (h0 + i) * Np, dw + (h0 + i) * Np, Np);
+    for (int i = 0; i < heads; i++) {
+      const int64_t h = h0 + i, at = h * Np;
+      dbeta[h] = softmax_backward_from(dw + at, content + at, similar.sim + at, extreme[h], mean[i], Np, beta[h]);
+    }
   }
 };
 

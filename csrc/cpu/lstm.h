@@ -17,16 +17,23 @@ MC_INLINE Vec<double> hyperbolic_tangent(Vec<double> x) {
   return x;
 }
 
-// Sums z [4K] become the gates' values; the cell c and the output h from the cell before.
+// Sums z [4K] become the gates' values; the cell c and the output h from the cell before. In passes whose turns do not wait for each other.
 template <class C> MC_INLINE void lstm_forward(C* z, const C* last, C* c, C* h, int64_t K) {
   constexpr int L = Lanes<C>::n;
+  C *keep = z + K, *out = z + 2 * K, *now = z + 3 * K;
+  for (int64_t k = 0; k < 3 * K; k += L) {
+    const int n = 3 * K - k < L ? (int)(3 * K - k) : L;
+    store_n(z + k, sigmoid(load_n(z + k, n)), n);
+  }
   for (int64_t k = 0; k < K; k += L) {
     const int n = K - k < L ? (int)(K - k) : L;
-    const Vec<C> enter = sigmoid(load_n(z + k, n)), keep = sigmoid(load_n(z + K + k, n)), out = sigmoid(load_n(z + 2 * K + k, n));
-    const Vec<C> now = hyperbolic_tangent(load_n(z + 3 * K + k, n)), v = keep * load_n(last + k, n) + enter * now;
-    store_n(z + k, enter, n), store_n(z + K + k, keep, n), store_n(z + 2 * K + k, out, n), store_n(z + 3 * K + k, now, n);
-    store_n(c + k, v, n);
-    store_n(h + k, out * hyperbolic_tangent(v), n);
+    const Vec<C> x = hyperbolic_tangent(load_n(now + k, n));
+    store_n(now + k, x, n);
+    store_n(c + k, load_n(keep + k, n) * load_n(last + k, n) + load_n(z + k, n) * x, n);
+  }
+  for (int64_t k = 0; k < K; k += L) {
+    const int n = K - k < L ? (int)(K - k) : L;
+    store_n(h + k, load_n(out + k, n) * hyperbolic_tangent(load_n(c + k, n)), n);
   }
 }
 

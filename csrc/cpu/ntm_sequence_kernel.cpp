@@ -158,7 +158,8 @@ template <class C> struct Sequence {
       tile_dots(m + t * a.W * L, n, a.W, s.similar.key, Wp, H, s.similar.sim + t * L, Np, s.similar.norm2 + t * L);
     });
     s.similar.scale(nullptr);
-    each(H, [&](int64_t h) { s.template weigh_head<false>(h); });
+    if (a.spread) each(H, [&](int64_t h) { s.template weigh_heads<false>(h, 1); });
+    else s.template weigh<false>();
     each_part([&](int64_t i, int64_t t, int64_t n) {
       C *rows = m + t * a.W * L, *found = sums_of(i, reads, a.R * Wp);
       const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
@@ -275,12 +276,14 @@ template <class C> struct Sequence {
     activate(p, x, l);
     point(t, b, i);
     s.similar.invert_norms();
-    each(H, [&](int64_t h) { s.template weigh_head<true, true>(h); });
+    if (a.spread) each(H, [&](int64_t h) { s.template weigh_heads<true, true>(h, 1); });
+    else s.template weigh<true, true>();
     C* dweights = carried + i * H * Np;
     const int64_t V = d.add - d.erase;
     each_part([&](int64_t q, int64_t t, int64_t n) { write_read_backward(m, g, dweights, q, t, n, sums_of(q, d.erase, 2 * V), V); });
     add_parts(d.erase, 2 * V);
-    each(H, [&](int64_t h) { s.backward_head(h, dweights, d.strength, d.gate, d.shift, d.gamma, dprevious); });
+    if (a.spread) each(H, [&](int64_t h) { s.backward_heads(h, 1, dweights, d.strength, d.gate, d.shift, d.gamma, dprevious); });
+    else s.backward(dweights, d.strength, d.gate, d.shift, d.gamma, dprevious);
     s.similar.backward(dweights, own, key_own);
     each_part([&](int64_t q, int64_t t, int64_t n) {
       tile_pull_push(g + t * a.W * L, m + t * a.W * L, n, a.W, dweights + t * L, Np, H, p.key, sums_of(q, d.key, H * Wp), Wp, own + t * L);
