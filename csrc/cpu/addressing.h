@@ -393,6 +393,7 @@ template <class C> inline C sharpen_backward(C* dp, const C* p, const C* ratio_l
 
 // Arrays of all heads of one element for the NTM's addressing; `keep` is for a backward.
 template <class C> struct Addressing {
+  static constexpr int kSide = 4;  // heads side by side, so that none waits for its own sums
   Similarity<C> similar;
   int64_t R;
   C *beta, *gate, *gamma, *extreme;  // [H]
@@ -423,11 +424,10 @@ template <class C> struct Addressing {
     similar.forward(memory, nullptr, block);
     weigh<BACKWARD>();
   }
-  // From the similarities on; with KNOWN the weights are there already. A few heads go side by side, so that none waits for its own sums.
+  // From the similarities on; with KNOWN the weights are there already.
   template <bool BACKWARD, bool KNOWN = false> void weigh() {
     for (int64_t h = 0; h < similar.H; h += kSide) weigh_heads<BACKWARD, KNOWN>(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide);
   }
-  static constexpr int kSide = 4;
   template <bool BACKWARD, bool KNOWN = false> void weigh_heads(int64_t h0, int heads) {
     constexpr int L = Lanes<C>::n;
     const int64_t N = similar.N, Np = similar.Np, ringed = ring_size<C>(Np, R);

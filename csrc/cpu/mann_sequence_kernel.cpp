@@ -132,12 +132,10 @@ template <class C> struct Sequence {
   // c (+)= a b for the same rows of several steps, panel by panel so that a panel stays in the caches; a group at a time, whose rows share
   // the order of their sums.
   template <bool ADD, class FC, class FA> void products(int64_t t0, int64_t t1, FC c, int64_t ldc, const C* start, FA from, int64_t lda, int64_t count, const Packed<C>& b) const {
-    for (int64_t n = 0; n < b.Np; n += b.P) {
-      const Packed<C> one{b.K, b.width(n), b.width(n), b.panel(n)};
+    for (int64_t n = 0; n < b.Np; n += b.P)
       for (int64_t t = t0; t < t1; t++)
         for (int64_t i = 0; i < count; i += group)
-          product<ADD>(c(t) + i * ldc + n, ldc, start ? start + n : nullptr, from(t) + i * lda, lda, count - i < group ? count - i : group, one);
-    }
+          product_panel<ADD>(c(t) + i * ldc, ldc, start, from(t) + i * lda, lda, count - i < group ? count - i : group, b, n);
   }
   template <bool ADD> void multiply(C* c, int64_t ldc, const C* start, const C* from, int64_t lda, int64_t count, const Packed<C>& b) const {
     products<ADD>(0, 1, [&](int64_t) { return c; }, ldc, start, [&](int64_t) { return from; }, lda, count, b);

@@ -129,6 +129,11 @@ template <class C> struct Sequence {
   template <class F> void each_part(const F& f) const {
     each(parts, [&](int64_t i) { f(i, i * part, tiles - i * part < part ? tiles - i * part : part); });
   }
+  // f(first head, how many): side by side in one thread, or a head a thread.
+  template <class F> void each_heads(const F& f) const {
+    const int64_t side = a.spread ? 1 : Addressing<C>::kSide;
+    each((H + side - 1) / side, [&](int64_t i) { f(i * side, (int)(H - i * side < side ? H - i * side : side)); });
+  }
   int64_t stride() const { return 2 * (H * Wp + 16); }  // of the parts' sums
   // Where part i adds up n numbers that end in `total`, zeros at first; at the end all are added to it in order.
   C* sums_of(int64_t i, C* total, int64_t n) const {
@@ -158,8 +163,7 @@ template <class C> struct Sequence {
       tile_dots(m + t * a.W * L, n, a.W, s.similar.key, Wp, H, s.similar.sim + t * L, Np, s.similar.norm2 + t * L);
     });
     s.similar.scale(nullptr);
-    if (a.spread) each(H, [&](int64_t h) { s.template weigh_heads<false>(h, 1); });
-    else s.template weigh<false>();
+    each_heads([&](int64_t h, int heads) { s.template weigh_heads<false>(h, heads); });
     each_part([&](int64_t i, int64_t t, int64_t n) {
       C *rows = m + t * a.W * L, *found = sums_of(i, reads, a.R * Wp);
       const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
@@ -276,14 +280,12 @@ template <class C> struct Sequence {
     activate(p, x, l);
     point(t, b, i);
     s.similar.invert_norms();
-    if (a.spread) each(H, [&](int64_t h) { s.template weigh_heads<true, true>(h, 1); });
-    else s.template weigh<true, true>();
+    each_heads([&](int64_t h, int heads) { s.template weigh_heads<true, true>(h, heads); });
     C* dweights = carried + i * H * Np;
     const int64_t V = d.add - d.erase;
     each_part([&](int64_t q, int64_t t, int64_t n) { write_read_backward(m, g, dweights, q, t, n, sums_of(q, d.erase, 2 * V), V); });
     add_parts(d.erase, 2 * V);
-    if (a.spread) each(H, [&](int64_t h) { s.backward_heads(h, 1, dweights, d.strength, d.gate, d.shift, d.gamma, dprevious); });
-    else s.backward(dweights, d.strength, d.gate, d.shift, d.gamma, dprevious);
+    each_heads([&](int64_t h, int heads) { s.backward_heads(h, heads, dweights, d.strength, d.gate, d.shift, d.gamma, dprevious); });
     s.similar.backward(dweights, own, key_own);
     each_part([&](int64_t q, int64_t t, int64_t n) {
       tile_pull_push(g + t * a.W * L, m + t * a.W * L, n, a.W, dweights + t * L, Np, H, p.key, sums_of(q, d.key, H * Wp), Wp, own + t * L);
