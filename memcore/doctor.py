@@ -28,7 +28,7 @@ OPTIONAL = {  # module -> (distribution, what it is for)
     "faiss": ("faiss-cpu", "approximate searchers of memcore.DND, comparisons of nearest-neighbour search"),
 }
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cu13")  # distributions that all install a module named faiss
-SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_CPU_ISA", "MEMCORE_DATA", "MEMCORE_BUILD_NATIVE", "MEMCORE_STEP_BLOCK", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_CPU_ISA", "MEMCORE_DATA", "MEMCORE_BUILD_NATIVE", "MEMCORE_NTM_STEP", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
 def _optional() -> dict[str, dict[str, str | None]]:

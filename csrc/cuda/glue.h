@@ -64,11 +64,12 @@ class OnDevice {
 #endif
 };
 
-// At least `bytes` of scratch in the tensors' device memory; mostly none is needed.
+// Scratch of `bytes` in the tensors' device memory, up to the next element; mostly none is needed.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes) {
-    if (bytes > 0) tensor_ = make(like, {bytes / 2 + 1});  // the narrowest type has two bytes
+    const int64_t width = (int64_t)like.element_size();
+    if (bytes > 0) tensor_ = make(like, {(bytes + width - 1) / width});
   }
   void* data() const { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
 

@@ -3,6 +3,9 @@
 //
 //   mc_launch(kernel, blocks, threads, shared, device, stream, args)   kernel(args), one plain struct by value; the runtime's error code
 //   mc_shared_limit(device)                                            bytes of shared memory a block may have
+//   mc_processors(device)                                              multiprocessors
+//   mc_arrive(count), mc_await(count, all)                             by one thread: counts it in; waits until `all` are. What was visible to those
+//                                                                      who arrived is visible to those who waited
 //   MC_KERNEL                                                          heads a kernel's definition
 //   MC_KERNEL_TWO                                                      the same where two blocks to a multiprocessor hide more than registers gain
 //   MC_DYN_SHARED(name)                                                the block's dynamic shared memory, a char*, 16-byte aligned
@@ -26,6 +29,18 @@
   char* name = mc_dynamic_shared
 #define MC_ARRAY(X, at, n) ((X*)(at))
 
+__device__ inline void mc_arrive(unsigned* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(count)) : "memory");
+}
+__device__ inline void mc_await(const unsigned* count, unsigned all) {
+  for (;;) {
+    unsigned seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(__cvta_generic_to_global(count)) : "memory");
+    if (seen >= all) return;
+    __nanosleep(50);
+  }
+}
+
 template <class A>
 inline int64_t mc_launch(void (*kernel)(A), int64_t blocks, int threads, int64_t shared, int64_t device, void* stream, const A& args) {
   if (blocks <= 0) return 0;
@@ -43,6 +58,11 @@ inline int64_t mc_shared_limit(int64_t device) {
   int bytes = 0;
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, (int)device) != cudaSuccess) return 48 * 1024;
   return bytes;
+}
+inline int64_t mc_processors(int64_t device) {
+  int n = 0;
+  if (cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, (int)device) != cudaSuccess) return 1;
+  return n;
 }
 
 #else

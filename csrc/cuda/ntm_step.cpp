@@ -10,13 +10,14 @@ namespace {
 
 const char kName[] = "ntm_step";
 
-int64_t whole() {
-  const char* asked = getenv("MEMCORE_STEP_BLOCK");
-  if (!asked || !*asked) return kWhole;
-  char* end = nullptr;
-  const int64_t numbers = strtoll(asked, &end, 10);
-  if (*end || numbers < 0) fail(std::string("memcore.ntm_step: MEMCORE_STEP_BLOCK must be a whole number >= 0, got '") + asked + "'");
-  return numbers;
+int64_t way() {
+  const char* asked = getenv("MEMCORE_NTM_STEP");
+  const std::string name = asked ? asked : "";
+  if (name.empty()) return kAutomatic;
+  if (name == "block") return kBlock;
+  if (name == "once") return kOnce;
+  if (name == "tiles") return kTiles;
+  fail("memcore.ntm_step: MEMCORE_NTM_STEP must be 'block', 'once' or 'tiles', got '" + name + "'");
 }
 
 StepArgs arguments(
@@ -25,7 +26,7 @@ StepArgs arguments(
   StepArgs a{};
   a.dtype = (int64_t)stored(memory, kName), a.device = on.index();
   a.B = memory.size(0), a.N = memory.size(1), a.W = memory.size(2);
-  a.R = R, a.Hw = Hw, a.S = 2 * range + 1, a.write_first = write_first, a.whole = whole();
+  a.R = R, a.Hw = Hw, a.S = 2 * range + 1, a.write_first = write_first, a.way = way();
   small(kName, {a.N, a.W, a.R, a.Hw, a.S});
   a.memory = in(memory), a.interface = in(interface), a.previous = in(previous);
   return a;

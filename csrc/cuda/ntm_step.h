@@ -9,9 +9,12 @@ namespace cuda {
 // 92 and 96 us at (B, heads, N, W) = (64, 2, 128, 64), 277 and 123 at (16, 5, 256, 64), 554 and 227 at (64, 5, 512, 64), 8370 and 865 at (32, 5, 4096, 64).
 constexpr int64_t kWhole = 8192;
 
+// How a step is shared out: one block an element; its tiles' blocks meeting in one launch (forward only); its tiles in several launches.
+enum Way : int64_t { kAutomatic, kBlock, kOnce, kTiles };
+
 struct StepArgs {
   int64_t dtype, device, B, N, W, R, Hw, S, write_first;
-  int64_t whole;  // kWhole, or what MEMCORE_STEP_BLOCK says
+  int64_t way;  // what MEMCORE_NTM_STEP says, as far as the device can do it
   const void *memory, *interface, *previous;
   void *written, *reads, *weights;
   // backward; a null gradient is zero

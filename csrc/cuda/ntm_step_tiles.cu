@@ -1,5 +1,6 @@
-// One NTM time step by many blocks: the rows of every memory in tiles, the weights of every head in a block of their own. Four launches
-// forward, six backward; the memory is read twice forward and three times backward. In float32, sums in a fixed order.
+// One NTM time step by many blocks: the rows of every memory in tiles. Forward in one launch, where a memory fits a block's shared memory: the blocks
+// of an element keep their rows, meet between the phases and read the memory once. Else in launches, the weights of every head in a block of their
+// own: four forward, six backward; the memory is read twice forward and three times backward. In float32, sums in a fixed order.
 #include "interface.h"
 #include "ntm_step.h"
 #include "write.h"
@@ -18,8 +19,9 @@ struct TilesLaunch {
   StepArgs a;
   Plan plan;
   int64_t rows, tiles;
+  int64_t heads;  // one launch: of a tile's block, at the most
   void* spilled;  // what the heads' blocks have no shared memory for
-  bool backward;
+  bool backward, once;
 };
 
 // Hands out arrays of a workspace that all blocks share.
@@ -39,18 +41,20 @@ struct Between {
   float* weights;          // [B, H, N]
   float* parts;            // [B, tiles, P, W] sums of a tile: the reads; backward of erase, add and keys
   float *d, *own, *keys;   // backward: [B, H, N] gradients of the weights, then the rows' coefficients; [B, H, N] and [B, H] those of rows and keys themselves
+  unsigned* arrived;       // one launch: [1 + B] blocks that have begun, and an element's that have come to a meeting
 
-  __host__ __device__ Between(Shares& all, const StepArgs& a, int64_t tiles, bool backward) {
+  __host__ __device__ Between(Shares& all, const StepArgs& a, int64_t tiles, bool backward, bool once) {
     const int64_t H = a.R + a.Hw, n = a.B * H * a.N;
     sim = all.take<float>(n), im = all.take<float>(a.B * a.N);
     weights = all.take<float>(n);
     parts = all.take<float>(a.B * tiles * (backward ? 2 * a.Hw + H : a.R) * a.W);
     if (backward) d = all.take<float>(n), own = all.take<float>(n), keys = all.take<float>(a.B * H);
+    if (once) arrived = all.take<unsigned>(1 + a.B);  // last, where one too many is beyond the workspace
   }
 };
-inline int64_t between_bytes(const StepArgs& a, int64_t tiles, bool backward) {
+inline int64_t between_bytes(const StepArgs& a, int64_t tiles, bool backward, bool once) {
   Shares all{nullptr};
-  Between(all, a, tiles, backward);
+  Between(all, a, tiles, backward, once);
   return all.used;
 }
 
@@ -62,8 +66,9 @@ template <class T> struct Tile {
   const T *rows, *x;
   Between between;
 
-  __device__ Tile(const TilesLaunch& t, Between at)
-      : l{(int)t.a.R, (int)t.a.Hw, (int)t.a.W, (int)t.a.S}, b(blockIdx.x / t.tiles), index(blockIdx.x % t.tiles), H(l.R + l.Hw), between(at) {
+  // Number `block` of them all.
+  __device__ Tile(const TilesLaunch& t, Between at, int64_t block)
+      : l{(int)t.a.R, (int)t.a.Hw, (int)t.a.W, (int)t.a.S}, b(block / t.tiles), index(block % t.tiles), H(l.R + l.Hw), between(at) {
     first = (int)(index * t.rows), count = (int)least<int64_t>(t.rows, t.a.N - first);
     rows = (const T*)t.a.memory + (b * t.a.N + first) * l.W, x = (const T*)t.a.interface + b * l.size();
   }
@@ -83,7 +88,7 @@ template <class T> struct Tile {
 
 __device__ inline Between between_of(const TilesLaunch& t) {
   Shares all{(char*)t.a.workspace};
-  return Between(all, t.a, t.tiles, t.backward);
+  return Between(all, t.a, t.tiles, t.backward, t.once);
 }
 
 // ---- similarities of a tile ----
@@ -94,39 +99,56 @@ struct LookBlock {
     s.H = (int)(a.R + a.Hw), s.N = (int)rows, s.W = (int)a.W, s.cosine = true, s.mask = nullptr;
     s.take_small(arena), s.take_rows(arena);
   }
+  // Keys are in place (not yet visible to all).
+  template <class T> __device__ void look(const TilesLaunch& t, const Tile<T>& tile, const T* rows) {
+    s.N = tile.count;
+    s.forward(rows);
+    tile.store(t, tile.between.sim, s.sim);
+    for (int n = threadIdx.x; n < tile.count; n += kThreads) tile.between.im[tile.b * t.a.N + tile.first + n] = s.im[n];
+  }
 };
 
 template <class T> MC_KERNEL_TWO ntm_step_look_kernel(TilesLaunch t) {
   MC_DYN_SHARED(shared);
-  const Tile<T> tile(t, between_of(t));
+  const Tile<T> tile(t, between_of(t), blockIdx.x);
   Arena<false> arena(shared, 0, nullptr);
   LookBlock block(arena, t.a, t.rows);
-  block.s.N = tile.count;
   load_keys(block.s.key, tile.x, tile.l);
-  block.s.forward(tile.rows);
-  tile.store(t, tile.between.sim, block.s.sim);
-  for (int n = threadIdx.x; n < tile.count; n += kThreads) tile.between.im[tile.b * t.a.N + tile.first + n] = block.s.im[n];
+  block.look(t, tile, tile.rows);
 }
 
-// ---- weights of a head ----
+// ---- weights of heads ----
 
+// A few heads of one element.
 template <class T> struct HeadBlock {
-  Heads<T> head;
-  template <class A> __host__ __device__ HeadBlock(A& arena, const StepArgs& a, bool backward) {
-    head.take_small(arena, 1, a.N, a.W, a.S, backward);
-    head.take_rows(arena, backward);
+  Heads<T> heads;
+  template <class A> __host__ __device__ HeadBlock(A& arena, const StepArgs& a, int64_t most, bool backward) {
+    heads.take_small(arena, most, a.N, a.W, a.S, backward);
+    heads.take_rows(arena, backward);
   }
-  // Similarities and parameters of head h of element b in place (not yet visible).
-  __device__ void load(const StepArgs& a, const Between& between, int64_t b, int h, const InterfaceLayout& l) {
-    const int64_t H = l.R + l.Hw, row = (b * H + h) * a.N;
+  // Similarities and parameters of heads first to first + count of element b. Leaves everything visible.
+  __device__ void load(const StepArgs& a, const Between& between, int64_t b, int first, int count, const InterfaceLayout& l) {
+    const int64_t row = (b * (l.R + l.Hw) + first) * a.N;
     const T* x = (const T*)a.interface + b * l.size();
-    for (int64_t n = threadIdx.x; n < a.N; n += kThreads) head.s.sim[n] = between.sim[row + n], head.s.im[n] = between.im[b * a.N + n];
-    for (int w = threadIdx.x; w < l.W; w += kThreads) head.s.key[w] = wide(x[l.head(h) + w]);
-    if (threadIdx.x == 0) activate_head(head, 0, x, l, h);
-    head.previous = (const T*)a.previous + row;
+    heads.s.H = count;
+    for (int64_t i = threadIdx.x; i < count * a.N; i += kThreads) heads.s.sim[i] = between.sim[row + i];
+    for (int64_t n = threadIdx.x; n < a.N; n += kThreads) heads.s.im[n] = between.im[b * a.N + n];
+    for (int h = 0; h < count; h++)
+      for (int w = threadIdx.x; w < l.W; w += kThreads) heads.s.key[h * l.W + w] = wide(x[l.head(first + h) + w]);
+    for (int h = threadIdx.x; h < count; h += kThreads) activate_head(heads, h, x, l, first + h);
+    heads.previous = (const T*)a.previous + row;
     __syncthreads();
-    head.s.key_norms();
+    heads.s.key_norms();
     __syncthreads();
+  }
+  // The weights of what is loaded, for the blocks to come and as the step's output.
+  __device__ void focus(const StepArgs& a, const Between& between, int64_t head) {
+    heads.template focus<false>();
+    const int64_t row = head * a.N, n = heads.s.H * a.N;
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+      between.weights[row + i] = heads.weights[i];
+      if (a.weights) ((T*)a.weights)[row + i] = narrow<T>(heads.weights[i]);
+    }
   }
 };
 
@@ -137,14 +159,9 @@ template <class T, bool SPILL> MC_KERNEL_TWO ntm_step_focus_kernel(TilesLaunch t
   const Between between = between_of(t);
   const int H = l.R + l.Hw, h = (int)(blockIdx.x % H);
   auto arena = arena_of<SPILL>(shared, t.plan, t.spilled);
-  HeadBlock<T> block(arena, a, false);
-  block.load(a, between, blockIdx.x / H, h, l);
-  block.head.template focus<false>();
-  const int64_t row = blockIdx.x * a.N;
-  for (int64_t n = threadIdx.x; n < a.N; n += kThreads) {
-    between.weights[row + n] = block.head.weights[n];
-    if (a.weights) ((T*)a.weights)[row + n] = narrow<T>(block.head.weights[n]);
-  }
+  HeadBlock<T> block(arena, a, 1, false);
+  block.load(a, between, blockIdx.x / H, h, 1, l);
+  block.focus(a, between, blockIdx.x);
 }
 
 template <class T, bool SPILL> MC_KERNEL_TWO ntm_step_focus_bwd_kernel(TilesLaunch t) {
@@ -155,9 +172,9 @@ template <class T, bool SPILL> MC_KERNEL_TWO ntm_step_focus_bwd_kernel(TilesLaun
   const int H = l.R + l.Hw, h = (int)(blockIdx.x % H);
   const int64_t b = blockIdx.x / H, row = blockIdx.x * a.N;
   auto arena = arena_of<SPILL>(shared, t.plan, t.spilled);
-  HeadBlock<T> block(arena, a, true);
-  Heads<T>& head = block.head;
-  block.load(a, between, b, h, l);
+  HeadBlock<T> block(arena, a, 1, true);
+  Heads<T>& head = block.heads;
+  block.load(a, between, b, h, 1, l);
   head.template focus<true>();
   for (int64_t n = threadIdx.x; n < a.N; n += kThreads) head.d[n] = between.d[row + n];  // those that this thread reads first
   const T* x = (const T*)a.interface + b * l.size();
@@ -196,26 +213,29 @@ struct RowsBlock {
   template <class T> __device__ Writes writes(const Tile<T>& tile) const {
     return {tile.count, tile.l.W, tile.l.Hw, tile.l.R, erase, add, weights + tile.l.R * tile.count, weights};
   }
+  // The tile's rows written, and its part of the reads. Everything is in place (not yet visible to all).
+  template <class T> __device__ void write(const TilesLaunch& t, const Tile<T>& tile, const T* rows) {
+    const int W = tile.l.W;
+    T* written = (T*)t.a.written + (tile.b * t.a.N + tile.first) * W;
+    float* part = tile.part(t, tile.l.R);
+    __syncthreads();
+    write_read(writes(tile), rows, written, t.a.write_first != 0, scratch, [&](int r, int w, float x) { part[r * W + w] = x; });
+  }
 };
 
 template <class T> MC_KERNEL_TWO ntm_step_write_kernel(TilesLaunch t) {
   MC_DYN_SHARED(shared);
-  const Tile<T> tile(t, between_of(t));
-  const int W = tile.l.W;
+  const Tile<T> tile(t, between_of(t), blockIdx.x);
   Arena<false> arena(shared, 0, nullptr);
   RowsBlock block(arena, t.a, t.rows, false, false);
   block.load(t, tile);
-  __syncthreads();
-  T* written = (T*)t.a.written + (tile.b * t.a.N + tile.first) * W;
-  float* part = tile.part(t, tile.l.R);
-  write_read(
-      block.writes(tile), tile.rows, written, t.a.write_first != 0, block.scratch, [&](int r, int w, float x) { part[r * W + w] = x; });
+  block.write(t, tile, tile.rows);
 }
 
 template <class T> MC_KERNEL_TWO ntm_step_write_bwd_kernel(TilesLaunch t) {
   MC_DYN_SHARED(shared);
   const StepArgs& a = t.a;
-  const Tile<T> tile(t, between_of(t));
+  const Tile<T> tile(t, between_of(t), blockIdx.x);
   const InterfaceLayout& l = tile.l;
   Arena<false> arena(shared, 0, nullptr);
   RowsBlock block(arena, a, t.rows, true, false);
@@ -237,7 +257,7 @@ template <class T> MC_KERNEL_TWO ntm_step_write_bwd_kernel(TilesLaunch t) {
 template <class T> MC_KERNEL_TWO ntm_step_rows_bwd_kernel(TilesLaunch t) {
   MC_DYN_SHARED(shared);
   const StepArgs& a = t.a;
-  const Tile<T> tile(t, between_of(t));
+  const Tile<T> tile(t, between_of(t), blockIdx.x);
   const InterfaceLayout& l = tile.l;
   Arena<false> arena(shared, 0, nullptr);
   RowsBlock block(arena, a, t.rows, true, true);
@@ -305,6 +325,64 @@ template <class T> MC_KERNEL ntm_step_sums_bwd_kernel(TilesLaunch t) {
   }
 }
 
+// ---- the forward in one launch ----
+
+template <class T> struct OnceBlock {
+  unsigned* number;
+  LookBlock look;
+  HeadBlock<T> heads;
+  RowsBlock rows;
+  T* room;
+  template <class A> __host__ __device__ OnceBlock(A& arena, const StepArgs& a, int64_t rows_, int64_t heads_)
+      : number(arena.template take<unsigned>(1)), look(arena, a, rows_), heads(arena, a, heads_, false), rows(arena, a, rows_, false, false) {
+    room = arena.template take<T>(staged_size<T>(rows_ * a.W));
+  }
+};
+
+// The blocks of an element, for the n-th time: what all of them did before is visible to those that stay.
+template <class T> __device__ inline void meet(const TilesLaunch& t, const Tile<T>& tile, unsigned n, bool stay = true) {
+  unsigned* arrived = tile.between.arrived + 1 + tile.b;
+  __syncthreads();
+  if (threadIdx.x == 0) mc_arrive(arrived);
+  if (!stay) return;
+  if (threadIdx.x == 0) mc_await(arrived, n * (unsigned)t.tiles);
+  __syncthreads();
+}
+
+MC_KERNEL ntm_step_begin_kernel(TilesLaunch t) {
+  const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  if (i < 1 + t.a.B) between_of(t).arrived[i] = 0;
+}
+
+// Blocks take their numbers as they begin, so that those of the first elements are all there, whatever the order in which the device gives out
+// blocks: one that waits waits for blocks that run, or that take the next free place (once_fits).
+template <class T> MC_KERNEL_TWO ntm_step_once_kernel(TilesLaunch t) {
+  MC_DYN_SHARED(shared);
+  const StepArgs& a = t.a;
+  const Between between = between_of(t);
+  Arena<false> arena(shared, 0, nullptr);
+  OnceBlock<T> block(arena, a, t.rows, t.heads);
+  if (threadIdx.x == 0) *block.number = atomicAdd(between.arrived, 1u);
+  __syncthreads();
+  const Tile<T> tile(t, between, *block.number);
+  const T* rows = stage(block.room, tile.rows, tile.count * tile.l.W);
+  load_keys(block.look.s.key, tile.x, tile.l);
+  staged();
+  block.look.look(t, tile, rows);
+  meet(t, tile, 1);
+  const int first = (int)(tile.index * t.heads), count = least((int)t.heads, tile.H - first);
+  if (count > 0) {
+    block.heads.load(a, between, tile.b, first, count, tile.l);
+    block.heads.focus(a, between, tile.b * tile.H + first);
+  }
+  meet(t, tile, 2);
+  block.rows.load(t, tile);
+  block.rows.write(t, tile, rows);
+  meet(t, tile, 3, tile.index == 0);
+  if (tile.index > 0) return;
+  for (int64_t i = threadIdx.x; i < a.R * a.W; i += kThreads) ((T*)a.reads)[tile.b * a.R * a.W + i] = narrow<T>(over_tiles(t, tile.b, a.R, i));
+}
+
 // ---- launches ----
 
 // Bytes of shared memory that the tiles' blocks need at the most.
@@ -315,15 +393,31 @@ inline int64_t tile_bytes(const StepArgs& a, int64_t rows, bool backward) {
   return look.used > row.used ? look.used : row.used;
 }
 
+template <class T> int64_t once_bytes(const StepArgs& a, int64_t rows, int64_t heads) {
+  Arena<false> arena(nullptr, 0, nullptr);
+  OnceBlock<T>(arena, a, rows, heads);
+  return arena.used;
+}
+// Whether the blocks of an element may wait for each other: a device must have places for all of them, whatever else runs there. A quarter of its
+// multiprocessors with one block each leave enough.
+template <class T> bool once_fits(const TilesLaunch& t) {
+  const StepArgs& a = t.a;
+  const int64_t limit = mc_shared_limit(a.device);
+  const bool asked = a.way == kOnce || (a.way == kAutomatic && a.N * a.W * (int64_t)sizeof(T) <= limit);
+  return !t.backward && asked && t.tiles > 0 && 4 * t.tiles <= mc_processors(a.device) && once_bytes<T>(a, t.rows, t.heads) <= limit;
+}
+
 template <class T> TilesLaunch tiles_launch(const StepArgs& a, bool backward) {
   TilesLaunch t{};
   t.a = a, t.backward = backward, t.rows = tile_rows(a.N, a.W), t.tiles = t.rows > 0 ? (a.N + t.rows - 1) / t.rows : 0;
-  t.spilled = (char*)a.workspace + between_bytes(a, t.tiles, backward);
-  t.plan = plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { HeadBlock<T>(arena, a, backward); });
+  t.heads = t.tiles > 0 ? (a.R + a.Hw + t.tiles - 1) / t.tiles : 0;
+  t.once = once_fits<T>(t);
+  t.spilled = (char*)a.workspace + between_bytes(a, t.tiles, backward, t.once);
+  t.plan = plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { HeadBlock<T>(arena, a, 1, backward); });
   return t;
 }
 inline int64_t tiles_workspace(const TilesLaunch& t) {
-  return between_bytes(t.a, t.tiles, t.backward) + t.a.B * (t.a.R + t.a.Hw) * t.plan.workspace;
+  return between_bytes(t.a, t.tiles, t.backward, t.once) + (t.once ? 0 : t.a.B * (t.a.R + t.a.Hw) * t.plan.workspace);
 }
 
 template <class T> int64_t tiles_look(const TilesLaunch& t, void* stream) {
@@ -341,7 +435,13 @@ inline int64_t rows_bytes(const TilesLaunch& t, bool keys) {
 }
 inline int64_t spread(int64_t n) { return (n + kThreads - 1) / kThreads; }
 
+template <class T> int64_t tiles_once(const TilesLaunch& t, void* stream) {
+  const StepArgs& a = t.a;
+  if (int64_t e = mc_launch(ntm_step_begin_kernel, spread(1 + a.B), kThreads, 0, a.device, stream, t)) return e;
+  return mc_launch(ntm_step_once_kernel<T>, a.B * t.tiles, kThreads, once_bytes<T>(a, t.rows, t.heads), a.device, stream, t);
+}
 template <class T> int64_t tiles_fwd(const TilesLaunch& t, void* stream) {
+  if (t.once) return tiles_once<T>(t, stream);
   const StepArgs& a = t.a;
   if (int64_t e = tiles_look<T>(t, stream)) return e;
   if (int64_t e = mc_launch(ntm_step_write_kernel<T>, a.B * t.tiles, kThreads, rows_bytes(t, false), a.device, stream, t)) return e;
@@ -351,7 +451,7 @@ template <class T> int64_t tiles_bwd(const TilesLaunch& t, void* stream) {
   const StepArgs& a = t.a;
   const int64_t H = a.R + a.Hw;
   TilesLaunch look = t;  // the weights again
-  look.plan = plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { HeadBlock<T>(arena, a, false); });
+  look.plan = plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { HeadBlock<T>(arena, a, 1, false); });
   if (int64_t e = tiles_look<T>(look, stream)) return e;
   if (int64_t e = mc_launch(ntm_step_write_bwd_kernel<T>, a.B * t.tiles, kThreads, rows_bytes(t, false), a.device, stream, t)) return e;
   auto* focus = t.plan.spill ? ntm_step_focus_bwd_kernel<T, true> : ntm_step_focus_bwd_kernel<T, false>;
@@ -362,7 +462,7 @@ template <class T> int64_t tiles_bwd(const TilesLaunch& t, void* stream) {
 
 // A memory larger than a block gets through in good time, whose vectors find room in shared memory.
 bool step_by_tiles(const StepArgs& a, bool backward) {
-  return a.N * a.W > a.whole && a.R + a.Hw > 0 && tile_bytes(a, tile_rows(a.N, a.W), backward) <= mc_shared_limit(a.device);
+  return (a.way == kAutomatic ? a.N * a.W > kWhole : a.way != kBlock) && a.R + a.Hw > 0 && tile_bytes(a, tile_rows(a.N, a.W), backward) <= mc_shared_limit(a.device);
 }
 int64_t step_tiles_workspace(const StepArgs& a, bool backward) {
   return with_type(a.dtype, [&](auto t) { return tiles_workspace(tiles_launch<decltype(t)>(a, backward)); });

@@ -1,6 +1,7 @@
 // Runs CUDA C++ kernels on a CPU, for TESTS ONLY (C++17, GCC or Clang, x86-64 or any ucontext host).
 //
-// Every CUDA thread of a block is a fiber; a block runs on one OS thread; blocks run one after another.
+// Every CUDA thread of a block is a fiber; all run on one OS thread; blocks run one after another, a block that waits for others
+// (mc_await) steps aside for the next ones, and a grid in which nothing can go on any more is refused.
 // A fiber runs until it waits (__syncthreads, a warp operation, a yield at an atomic) or returns. Nothing
 // moves in lockstep, so code that silently relies on warp lockstep fails here as it may on Volta and newer.
 //
@@ -8,6 +9,7 @@
 // -fsanitize=thread (data races in shared AND global memory, within a block and between blocks).
 // Environment: MC_SHIM_SCHED = forward (default) | reverse | random:<seed>.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -19,6 +21,7 @@
 #include <string>
 #include <sys/mman.h>
 #include <type_traits>
+#include <vector>
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -87,6 +90,7 @@ struct Fiber {
   uint3 tid;
   unsigned lin;
   Kind kind;
+  bool asleep;  // until the block's next turn
   Site site;
   // barrier reduction / warp operation
   WOp op;
@@ -150,7 +154,7 @@ inline thread_local Block* g_blk = nullptr;
 inline thread_local Fiber* g_cur = nullptr;
 inline thread_local uint64_t g_rng = 1;
 inline thread_local int g_sched = 0;  // 0 forward, 1 reverse, 2 random
-inline unsigned long long g_switches = 0;
+inline unsigned long long g_switches = 0, g_arrivals = 0;
 #ifdef MC_TSAN
 inline char g_fence;
 inline char g_done;
@@ -238,7 +242,9 @@ MC_NOTSAN void to_fiber(Fiber* f) {  // called on the scheduler
   g_cur = nullptr;
 }
 MC_NOTSAN void yield() { if (g_cur) to_main(); }
+MC_NOTSAN void sleep() { g_cur->asleep = true; to_main(); }
 MC_NOTSAN void maybe_yield() { if (g_sched == 2 && g_cur && (rnd() & 7) == 0) to_main(); }
+MC_NOTSAN void arrive() { ++g_arrivals; maybe_yield(); }
 
 [[noreturn]] inline void fail(const std::string& m) { throw error(m); }
 inline std::string where(const Site& s) {
@@ -407,18 +413,21 @@ inline void read_env() {
   if (e && !std::strncmp(e, "random", 6)) { g_sched = 2; g_rng = 88172645463325252ull ^ (e[6] == ':' ? std::strtoull(e + 7, nullptr, 10) * 0x9E3779B97F4A7C15ull : 0); }
 }
 inline std::string stuck(Block* b) {
-  std::string m = "block (" + std::to_string(b->bid.x) + "," + std::to_string(b->bid.y) + "," + std::to_string(b->bid.z) + ") is stuck (divergent barrier or warp operation):";
+  std::string m = "block (" + std::to_string(b->bid.x) + "," + std::to_string(b->bid.y) + "," + std::to_string(b->bid.z) + ") is stuck (divergent barrier or warp operation, or blocks that never arrive):";
   int shown = 0;
   for (unsigned i = 0; i < b->n; ++i) {
     Fiber* f = b->f + i;
     if (i && f->kind == b->f[i - 1].kind && (f->kind == DONE || f->site.line == b->f[i - 1].site.line)) continue;
     if (++shown > 8) { m += " ..."; break; }
-    m += "\n  from thread " + std::to_string(i) + ": " + (f->kind == DONE ? "has returned" : f->kind == BARRIER ? "waits in __syncthreads at " + where(f->site) : std::string("waits in ") + kWName[f->op] + " mask 0x" + [&] { char t[16]; snprintf(t, 16, "%08x", f->mask); return std::string(t); }() + " at " + where(f->site));
+    m += "\n  from thread " + std::to_string(i) + ": " + (f->kind == DONE ? "has returned" : f->kind == RUN ? "waits for other blocks" : f->kind == BARRIER ? "waits in __syncthreads at " + where(f->site) : std::string("waits in ") + kWName[f->op] + " mask 0x" + [&] { char t[16]; snprintf(t, 16, "%08x", f->mask); return std::string(t); }() + " at " + where(f->site));
   }
   return m;
 }
-MC_NOTSAN void run_block(Block* b) {
+// True if the block has ended, false if it waits for others.
+MC_NOTSAN bool run_block(Block* b) {
   unsigned n = b->n, start = 0;
+  g_blk = b;
+  for (unsigned i = 0; i < n; ++i) b->f[i].asleep = false;
   while (b->live) {
     bool progress = false;
     if (g_sched == 2) start = rnd() % n;
@@ -426,7 +435,7 @@ MC_NOTSAN void run_block(Block* b) {
       unsigned i = g_sched == 1 ? n - 1 - k : g_sched == 2 ? (start + k * 7919u) % n : k;
       if (g_sched == 2 && n % 7919u == 0) i = k;
       Fiber* f = b->f + i;
-      if (f->kind == RUN) { to_fiber(f); progress = true; if (b->haserr) return; }
+      if (f->kind == RUN && !f->asleep) { to_fiber(f); progress = true; if (b->haserr) return true; }
       if (f->kind == WARP && try_warp(b, i >> 5, i & 31)) progress = true;
     }
     if (progress) continue;
@@ -441,13 +450,17 @@ MC_NOTSAN void run_block(Block* b) {
           fail("threads of one block wait in different barriers: thread " + std::to_string(first->lin) + " at " + where(first->site) + ", thread " + std::to_string(f->lin) + " at " + where(f->site));
       }
     }
-    if (nb == 0 || nb != b->live) fail(stuck(b));
+    if (nb == 0 || nb != b->live) {
+      for (unsigned i = 0; i < n; ++i) if (b->f[i].kind == RUN) return false;  // asleep
+      fail(stuck(b));
+    }
     b->barres = first->barop == 1 ? int(sum) : first->barop == 2 ? int(alland) : int(anyor);
     for (unsigned i = 0; i < n; ++i) if (b->f[i].kind == BARRIER) b->f[i].kind = RUN;
 #ifdef MC_TSAN
     b->phase++;
 #endif
   }
+  return true;
 }
 template <class F> void tramp(void* p) { (*static_cast<F*>(p))(); }
 
@@ -455,7 +468,7 @@ MC_NOTSAN void make_fiber(Block* b, unsigned i) {
   Fiber* f = b->f + i;
   f->lin = i;
   f->tid = {i % b->bdim.x, i / b->bdim.x % b->bdim.y, i / (b->bdim.x * b->bdim.y)};
-  f->kind = RUN; f->qn = 0; f->qgroup = 0; f->site = {nullptr, 0};
+  f->kind = RUN; f->asleep = false; f->qn = 0; f->qgroup = 0; f->site = {nullptr, 0};
   f->stk = b->stk + i * (kStack + 4096) + 4096;
 #ifdef MC_ASAN
   f->fake = nullptr;
@@ -482,6 +495,49 @@ MC_NOTSAN void map_stacks(Block* b) {
   if (b->stk == MAP_FAILED) fail("cannot map fiber stacks");
   for (unsigned i = 0; i < b->n; ++i) mprotect(b->stk + i * (kStack + 4096), 4096, PROT_NONE);  // guard page
 }
+MC_NOTSAN Block* new_block(unsigned n, dim3 block, dim3 grid, void (*entry)(void*), void* arg) {
+  Block* b = (Block*)calloc(1, sizeof(Block));
+  new (&b->err) std::exception_ptr();
+  b->f = (Fiber*)calloc(n, sizeof(Fiber));
+  b->n = n; b->bdim = block; b->gdim = grid; b->entry = entry; b->arg = arg;
+#ifndef MC_TSAN
+  map_stacks(b);
+#else
+  b->mainfiber = __tsan_get_current_fiber();
+#endif
+  return b;
+}
+MC_NOTSAN void free_block(Block* b) {
+#ifndef MC_TSAN
+  munmap(b->stk, b->stkbytes);
+#endif
+  b->err.~exception_ptr();
+  for (unsigned i = 0; i < b->n; ++i) std::free(b->f[i].q);
+  std::free(b->f); std::free(b);
+}
+MC_NOTSAN void begin_block(Block* b, size_t smem) {
+  b->live = b->n; b->nsv = b->narrays = 0; b->dynbytes = smem; b->haserr = 0;
+#ifdef MC_TSAN
+  b->arena = (char*)mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  b->bartok = b->arena, b->wtok = b->arena + 16, b->arenaused = 16 + 32 * 16;
+#endif
+  g_blk = b;
+  b->dyn = smem ? shared_alloc(smem) : nullptr;
+#ifdef MC_TSAN
+  map_stacks(b);  // fresh memory for each block: TSan must not compare the stacks of two blocks
+#endif
+  for (unsigned i = 0; i < b->n; ++i) make_fiber(b, i);
+}
+MC_NOTSAN void end_block(Block* b) {
+#ifdef MC_TSAN
+  for (unsigned i = 0; i < b->n; ++i) __tsan_destroy_fiber(b->f[i].ts);
+  munmap(b->stk, b->stkbytes);
+  munmap(b->arena, kArena);
+#endif
+  for (int i = 0; i < b->nsv; ++i) shared_free(b->sv[i].p, b->sv[i].n);
+  for (int i = 0; i < b->narrays; ++i) shared_free(b->arrays[i].p, b->arrays[i].n);
+  shared_free(b->dyn, b->dynbytes);
+}
 template <class F> MC_NOTSAN void launch(dim3 grid, dim3 block, size_t smem, F body) {
   size_t n = size_t(block.x) * block.y * block.z;
   if (n == 0 || n > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) fail("invalid block size");
@@ -489,60 +545,57 @@ template <class F> MC_NOTSAN void launch(dim3 grid, dim3 block, size_t smem, F b
   if (smem > 227 * 1024) fail("too much dynamic shared memory");
   if (g_blk) fail("a kernel launched from a kernel (dynamic parallelism) is not supported");
   read_env();
-  Block* b = (Block*)calloc(1, sizeof(Block));
-  new (&b->err) std::exception_ptr();
-  b->f = (Fiber*)calloc(n, sizeof(Fiber));
-  b->n = unsigned(n); b->bdim = block; b->gdim = grid; b->entry = &tramp<F>; b->arg = &body;
-  g_blk = b;
   std::exception_ptr err;
-#ifndef MC_TSAN
-  map_stacks(b);
-#else
-  b->mainfiber = __tsan_get_current_fiber();
-#endif
-  size_t nb = size_t(grid.x) * grid.y * grid.z, off = g_sched == 2 ? g_rng % nb : 0;
-  for (size_t q = 0; q < nb && !err; ++q) {
-    size_t id = g_sched == 1 ? nb - 1 - q : g_sched == 2 ? (q * 7919 + off) % nb : q;
-    if (g_sched == 2 && nb % 7919 == 0) id = q;
-    b->bid = {unsigned(id % grid.x), unsigned(id / grid.x % grid.y), unsigned(id / grid.x / grid.y)};
-    b->live = b->n; b->nsv = b->narrays = 0; b->dynbytes = smem;
-#ifdef MC_TSAN
-    b->arena = (char*)mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    b->bartok = b->arena, b->wtok = b->arena + 16, b->arenaused = 16 + 32 * 16;
-#endif
-    b->dyn = smem ? shared_alloc(smem) : nullptr;
-#ifdef MC_TSAN
-    map_stacks(b);  // fresh memory for each block: TSan must not compare the stacks of two blocks
-#endif
-    for (unsigned i = 0; i < b->n; ++i) make_fiber(b, i);
-    try { run_block(b); } catch (...) { err = std::current_exception(); }
+  std::vector<Block*> waiting, spare;  // those of ended blocks serve again
+  // Whether it waits for others.
+  const auto turn = [&](Block* b) {
+    bool ended = true;
+    try { ended = run_block(b); } catch (...) { err = std::current_exception(); }
     if (b->haserr) {
 #ifdef MC_TSAN
       __tsan_acquire(&g_done);
 #endif
       err = b->err; b->err = nullptr;
     }
-#ifdef MC_TSAN
-    for (unsigned i = 0; i < b->n; ++i) __tsan_destroy_fiber(b->f[i].ts);
-    munmap(b->stk, b->stkbytes);
-    munmap(b->arena, kArena);
-#endif
-    for (int i = 0; i < b->nsv; ++i) shared_free(b->sv[i].p, b->sv[i].n);
-    for (int i = 0; i < b->narrays; ++i) shared_free(b->arrays[i].p, b->arrays[i].n);
-    shared_free(b->dyn, smem);
+    g_blk = nullptr;
+    if (!ended) return true;
+    end_block(b);
+    spare.push_back(b);
+    return false;
+  };
+  size_t nb = size_t(grid.x) * grid.y * grid.z, off = g_sched == 2 ? g_rng % nb : 0;
+  int still = 0;  // turns of all that waited in which nobody arrived
+  for (size_t q = 0; (q < nb || !waiting.empty()) && !err; ++q) {
+    if (q < nb) {
+      size_t id = g_sched == 1 ? nb - 1 - q : g_sched == 2 ? (q * 7919 + off) % nb : q;
+      if (g_sched == 2 && nb % 7919 == 0) id = q;
+      Block* b = spare.empty() ? new_block(unsigned(n), block, grid, &tramp<F>, &body) : spare.back();
+      if (!spare.empty()) spare.pop_back();
+      b->bid = {unsigned(id % grid.x), unsigned(id / grid.x % grid.y), unsigned(id / grid.x / grid.y)};
+      begin_block(b, smem);
+      if (turn(b)) waiting.push_back(b);
+    }
+    const auto arrivals = g_arrivals;
+    std::vector<Block*> others;
+    others.swap(waiting);
+    if (g_sched == 1) std::reverse(others.begin(), others.end());
+    for (Block* b : others)
+      if (err || turn(b)) waiting.push_back(b);
+    if (g_sched == 1) std::reverse(waiting.begin(), waiting.end());
+    still = q < nb || g_arrivals != arrivals || waiting.size() != others.size() ? 0 : still + 1;
+    if (still == 2 && !err) {
+      g_blk = waiting.front();
+      try { fail(stuck(g_blk)); } catch (...) { err = std::current_exception(); }
+      g_blk = nullptr;
+    }
   }
+  for (Block* b : waiting) end_block(b);
 #ifdef MC_TSAN
   __tsan_acquire(&g_done);
-#else
-  munmap(b->stk, b->stkbytes);
-#endif
-  g_blk = nullptr;
-  b->err.~exception_ptr();
-#ifdef MC_TSAN
   if (err) std::rethrow_exception(err);  // fibers that never ended: leak their memory rather than report its release
 #endif
-  for (unsigned i = 0; i < b->n; ++i) std::free(b->f[i].q);
-  std::free(b->f); std::free(b);
+  for (Block* b : waiting) free_block(b);
+  for (Block* b : spare) free_block(b);
   if (err) std::rethrow_exception(err);
 }
 
@@ -628,6 +681,15 @@ template <class T> T atomicCAS(T* p, T c, T v) {
   T o = mcshim::atomic_rmw(p, [c, v](T x) { return x == c ? v : x; });
   if (!(o == c)) mcshim::yield();  // a spin loop must let the holder run
   return o;
+}
+
+// ---------------------------------------------------------------- blocks that wait for each other
+inline void mc_arrive(unsigned* count) {
+  mcshim::arrive();
+  __atomic_fetch_add(count, 1u, __ATOMIC_RELEASE);
+}
+inline void mc_await(const unsigned* count, unsigned all) {
+  while (__atomic_load_n(count, __ATOMIC_ACQUIRE) < all) mcshim::sleep();
 }
 
 // ---------------------------------------------------------------- math
@@ -778,11 +840,13 @@ namespace mcshim { template <class T> struct id { using t = T; }; }
 
 namespace mcshim {
 inline int64_t g_shared_limit = 227 * 1024;
+inline int64_t g_processors = 132;
 // Where set, a launch is told instead of run: kernel, blocks, threads, bytes of shared memory, the argument, its size.
 using Recorder = void (*)(const void*, int64_t, int, int64_t, const void*, int64_t);
 inline Recorder g_recorder = nullptr;
 }  // namespace mcshim
 inline int64_t mc_shared_limit(int64_t) { return mcshim::g_shared_limit; }
+inline int64_t mc_processors(int64_t) { return mcshim::g_processors; }
 template <class A>
 int64_t mc_launch(void (*kernel)(A), int64_t blocks, int threads, int64_t shared, int64_t, void*, const A& args) {
   static_assert(std::is_trivially_copyable<A>::value && sizeof(A) <= 4096, "a kernel takes one plain struct");

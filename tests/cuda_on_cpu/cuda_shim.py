@@ -17,7 +17,7 @@ from memcore import _backend, functional
 
 import shim_build
 
-__all__ = ["LIMIT", "Launch", "kernels", "load", "operators", "recorded", "schedule", "shared_limit", "use", "watched"]
+__all__ = ["LIMIT", "Launch", "kernels", "load", "operators", "processors", "recorded", "schedule", "shared_limit", "use", "watched"]
 
 _RECORDER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 _definitions = torch.library.Library("memcore", "FRAGMENT")
@@ -44,7 +44,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.mc_shim_name.restype = ctypes.c_char_p
     library.mc_shim_name.argtypes = [ctypes.c_void_p]
-    library.mc_shim_shared_limit.argtypes = [ctypes.c_int64]
+    library.mc_shim_shared_limit.argtypes = library.mc_shim_processors.argtypes = [ctypes.c_int64]
     return library
 
 
@@ -60,6 +60,7 @@ def schedule(order: str) -> Iterator[None]:
 
 
 LIMIT = 227 * 1024
+PROCESSORS = 132
 
 
 @contextmanager
@@ -70,6 +71,16 @@ def shared_limit(bytes_: int) -> Iterator[None]:
         yield
     finally:
         load().mc_shim_shared_limit(LIMIT)
+
+
+@contextmanager
+def processors(n: int) -> Iterator[None]:
+    """A device of n multiprocessors: on few no block waits for others."""
+    load().mc_shim_processors(n)
+    try:
+        yield
+    finally:
+        load().mc_shim_processors(PROCESSORS)
 
 
 @dataclass(frozen=True)

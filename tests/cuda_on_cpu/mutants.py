@@ -1,7 +1,7 @@
 """Mutants of the CUDA source, all in one build: every barrier, wait, shuffle mask, loop bound and thread mask of csrc/cuda gets a mark by which a
 driver can leave it out (shim_mutant.h).
 
-    barrier   __syncthreads, __syncwarp, a team's sync, the wait for copies and their commit are passed over
+    barrier   __syncthreads, __syncwarp, a team's sync, the wait for copies and their commit, a block's arrival and its wait for others are passed over
     mask      a shuffle's full mask loses half its lanes
     loop      `i < n` goes one further
     guard     a bound or a choice of threads in `if`, `?:` and `bool on =` lets everyone pass
@@ -16,7 +16,7 @@ import shim_build
 __all__ = ["Mutant", "marked_sources"]
 
 _BARRIER = re.compile(
-    r"(?<!void )(?<![\w:.])(?:__syncthreads\(\)|__syncwarp\(\)|staged\(\)|(?:b\.)?team\.sync\(\)|__pipeline_wait_prior\(0\)|__pipeline_commit\(\))(?=;)"
+    r"(?<!void )(?<![\w:.])(?:__syncthreads\(\)|__syncwarp\(\)|staged\(\)|(?:b\.)?team\.sync\(\)|__pipeline_wait_prior\(0\)|__pipeline_commit\(\)|mc_arrive\([^;]*\)|mc_await\([^;]*\))(?=;)"
 )
 _VOTE = re.compile(r"__syncthreads_or\((\w+)\)")
 _MASK = re.compile(r"(?<=_sync\()kFull")

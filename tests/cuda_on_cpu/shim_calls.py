@@ -71,6 +71,8 @@ SEARCHES = [
 MORE = [
     *((case(op), S("H9", H=9, N=20)) for op in ("content_addressing", "ntm_addressing", "read", "erase_add_write", "lrua_write")),
     (case("ntm_step"), step("r9_w5", 9, 5)),
+    (case("ntm_step"), step("r3_w2_W130", 3, 2, B=2, N=200, W=130)),  # four blocks meet, one of them without a head
+    (case("ntm_step"), step("N1900_W31", 1, 1, B=1, N=1900, W=31)),  # more than a block's shared memory: in launches
     (case("lrua_write"), S("N0", N=0)),
     (case("sharpen"), S("gamma_negative", twist(weights=_some_zeros, gamma=-2.0), N=7)),
     *((case("knn_search"), s) for s in SEARCHES),

@@ -22,6 +22,7 @@ MC_EXPORT int64_t mc_shim_call(int64_t (*launcher)(const void*, void*), const vo
 }
 MC_EXPORT const char* mc_shim_error() { return g_error.c_str(); }
 MC_EXPORT void mc_shim_shared_limit(int64_t bytes) { mcshim::g_shared_limit = bytes; }
+MC_EXPORT void mc_shim_processors(int64_t n) { mcshim::g_processors = n; }
 MC_EXPORT void mc_shim_record(mcshim::Recorder recorder) { mcshim::g_recorder = recorder; }
 // A kernel's symbol, which is the one nvcc gives it.
 MC_EXPORT const char* mc_shim_name(const void* kernel) {

@@ -5,7 +5,7 @@ import pytest
 import cuda_shim
 import torch
 
-from cases import CASES, as_tuple, assert_close, case as case_of
+from cases import CASES, as_tuple, assert_close, case as case_of, step
 from contract import PAIRS, expected, run
 from shim_calls import LIMITS as BYTES, MORE, limits_of
 
@@ -66,28 +66,41 @@ def test_more_samples(case, sample, limit, backend):
 STEPS = [p for p in PAIRS if p.values[0].name == "ntm_step"]
 
 
-@pytest.mark.parametrize("block", ["0", "1000000"], ids=["tiles", "one_block"])
+@pytest.mark.parametrize("way", ["block", "once", "tiles"])
 @pytest.mark.parametrize("case, sample", STEPS)
-def test_a_step_by_tiles_and_in_one_block(case, sample, block, backend, monkeypatch):
-    monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+def test_every_way_of_a_step(case, sample, way, backend, monkeypatch):
+    monkeypatch.setenv("MEMCORE_NTM_STEP", way)
     check(case, sample, torch.float32)
 
 
-def test_the_block_of_a_step_decides_its_launches(backend, monkeypatch):
-    case = case_of("ntm_step")
-    sample = case.samples[0].resized(N=300, W=40)  # 12,000 numbers
-    found = []
-    for block in ("", "11999", "12000"):
-        monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
-        with cuda_shim.recorded() as launches:
-            run(case.function, case, sample, case.inputs(sample, torch.float32))
-        found.append(len(launches))
-    assert found == [10, 10, 2]
+@pytest.mark.parametrize("order", ["forward", "reverse", "random:1", "random:2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_blocks_of_a_step_that_meet(dtype, order, backend):
+    with cuda_shim.schedule(order):
+        check(case_of("ntm_step"), step("r3_w2", 3, 2, B=3, N=200, W=130), dtype)  # four tiles, the last one short, the last without a head
 
 
-@pytest.mark.parametrize("block", ["many", "-1", "1e4"])
-def test_a_wrong_block_of_a_step(block, backend, monkeypatch):
-    monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+def test_what_decides_how_a_step_is_shared_out(backend, monkeypatch):
     case = case_of("ntm_step")
-    with pytest.raises(RuntimeError, match=f"MEMCORE_STEP_BLOCK must be a whole number >= 0, got '{block}'"):
+
+    def launches(way="", processors=cuda_shim.PROCESSORS, dtype=torch.float32, **sizes):
+        monkeypatch.setenv("MEMCORE_NTM_STEP", way)
+        sample = case.samples[0].resized(**sizes)
+        with cuda_shim.recorded() as found, cuda_shim.processors(processors):
+            run(case.function, case, sample, case.inputs(sample, dtype))
+        return len(found)
+
+    size = {"N": 300, "W": 40}  # 12,000 numbers, two tiles
+    assert [launches(way, **size) for way in ("", "block", "once", "tiles")] == [8, 2, 8, 10]
+    assert [launches(processors=n, **size) for n in (7, 8)] == [10, 8]  # room for the blocks that wait
+    assert [launches(N=n, W=16) for n in (512, 513)] == [2, 8]
+    assert [launches(N=n, W=64) for n in (908, 909)] == [8, 10]  # 227 KiB
+    assert [launches(N=n, W=64, dtype=torch.bfloat16) for n in (1816, 1817)] == [8, 10]
+
+
+@pytest.mark.parametrize("way", ["fast", "1", "Block"])
+def test_a_wrong_way_of_a_step(way, backend, monkeypatch):
+    monkeypatch.setenv("MEMCORE_NTM_STEP", way)
+    case = case_of("ntm_step")
+    with pytest.raises(RuntimeError, match=f"MEMCORE_NTM_STEP must be 'block', 'once' or 'tiles', got '{way}'"):
         run(case.function, case, case.samples[0], case.inputs(case.samples[0], torch.float32))

@@ -44,6 +44,7 @@ HARMLESS = {
     ("block.h", "guard", "warps > 1", ""): "a barrier of the block where the warp's is enough",
     ("write.h", "guard", "a.R > 0", ""): "sums of no read heads: only barriers",
     ("write.h", "guard", "h0 < a.Hw", ""): "sums of no write heads: only barriers",
+    ("ntm_step_tiles.cu", "guard", "count > 0", ""): "nothing is done for no heads: only barriers",
     ("interface.h", "loop", "j < l.S", "top = "): "at the maximum: softmax is the same from any number that is large enough; gamma, the next one, is read",
     ("ntm_sequence.cu", "loop", "n0 < N", ""): _TURN,
     **{("knn_search.cu", "loop", text, ""): _TURN for text in ("r0 < end", "d0 < a.D", "first < count", "i0 < p.keep * p.shards", "quiet < p.shards", "r0 < rows")},

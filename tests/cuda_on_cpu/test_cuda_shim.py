@@ -15,6 +15,9 @@ SHIM = {
     "uninitialised_shared": "wrong result: 1 of 128",
     "missing_barrier": "wrong result",
     "missing_wait": "wrong result: 64 of 128",
+    "blocks_never_arrive": "waits for other blocks",
+    "blocks_do_not_wait": "wrong result",
+    "blocks_go_on_too_soon": "wrong result",
 }
 SEEN = {
     None: SHIM,
@@ -36,6 +39,9 @@ SEEN = {
         "shuffle_for_syncwarp": "data race",
         "blocks_write_one_place": "data race",
         "block_reads_anothers": "data race",
+        "blocks_do_not_wait": "data race",
+        "blocks_arrive_too_soon": "data race",
+        "blocks_go_on_too_soon": "data race",
     },
 }
 
@@ -57,5 +63,6 @@ def test_mistake_is_seen(sanitizer, name):
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:1"])
 @pytest.mark.parametrize("sanitizer", SEEN)
-def test_right_kernel_passes(sanitizer, order):
-    assert run(sanitizer, "right", order) == (0, "")
+@pytest.mark.parametrize("name", ["right", "blocks_meet"])
+def test_right_kernel_passes(name, sanitizer, order):
+    assert run(sanitizer, name, order) == (0, "")

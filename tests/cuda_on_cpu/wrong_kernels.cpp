@@ -14,6 +14,7 @@ constexpr int kThreads = 64;
 struct Args {
   float *to, *from;
   int n;
+  unsigned* count;
 };
 
 // ---- right ----
@@ -38,6 +39,30 @@ MC_KERNEL right(Args a) {
   __syncwarp();
   a.to[blockIdx.x * kThreads + i] = y[i ^ 1];
 }
+
+// Two blocks read what the other one wrote, between two meetings.
+enum Mistake { kNone, kNoArrival, kNoWait, kNoBarrierBefore, kNoBarrierAfter };
+template <Mistake M> MC_KERNEL meeting(Args a) {
+  float *mine = a.to + blockIdx.x * kThreads, *other = a.to + (1 - blockIdx.x) * kThreads;
+  const auto meet = [&](unsigned n) {
+    if (M != kNoBarrierBefore) __syncthreads();
+    if (threadIdx.x == 0) {
+      if (M != kNoArrival) mc_arrive(a.count);
+      if (M != kNoWait) mc_await(a.count, 2 * n);
+    }
+    if (M != kNoBarrierAfter) __syncthreads();
+  };
+  mine[threadIdx.x] = 2;
+  meet(1);
+  const float v = other[kThreads - 1 - threadIdx.x];
+  meet(2);
+  mine[threadIdx.x] = v - 1;
+}
+MC_KERNEL blocks_meet(Args a) { meeting<kNone>(a); }
+MC_KERNEL blocks_never_arrive(Args a) { meeting<kNoArrival>(a); }
+MC_KERNEL blocks_do_not_wait(Args a) { meeting<kNoWait>(a); }
+MC_KERNEL blocks_arrive_too_soon(Args a) { meeting<kNoBarrierBefore>(a); }
+MC_KERNEL blocks_go_on_too_soon(Args a) { meeting<kNoBarrierAfter>(a); }
 
 // ---- barriers and masks ----
 
@@ -160,7 +185,7 @@ const std::map<std::string, void (*)(Args)> kKernels = {
     K(right), K(divergent_barrier), K(two_barriers), K(divergent_shuffle), K(not_in_own_mask), K(lane_outside_mask),
     K(uninitialised_shared), K(missing_barrier), K(missing_wait), K(past_global), K(before_global), K(past_shared), K(past_array),
     K(array_past_shared), K(past_local), K(misaligned), K(write_after_read), K(missing_syncwarp), K(shuffle_for_syncwarp), K(blocks_write_one_place),
-    K(block_reads_anothers),
+    K(block_reads_anothers), K(blocks_meet), K(blocks_never_arrive), K(blocks_do_not_wait), K(blocks_arrive_too_soon), K(blocks_go_on_too_soon),
 #undef K
 };
 
@@ -171,11 +196,12 @@ int main(int argc, char** argv) {
   float *to = new float[n], *from = new float[kThreads];
   for (int i = 0; i < n; i++) to[i] = 1;
   for (int i = 0; i < kThreads; i++) from[i] = 1;
+  unsigned count = 0;
   const std::string name = argc > 1 ? argv[1] : "";
   const int blocks = name == "right" || name.rfind("block", 0) == 0 ? 2 : 1;
   const bool beyond = name == "past_global";  // blocks write up to the buffer's end and one element further
   try {
-    mc_launch(kKernels.at(name), blocks, kThreads, 2 * kThreads * sizeof(float), 0, nullptr, Args{beyond ? to + kThreads : to, from, 5});
+    mc_launch(kKernels.at(name), blocks, kThreads, 2 * kThreads * sizeof(float), 0, nullptr, Args{beyond ? to + kThreads : to, from, 5, &count});
   } catch (const mcshim::error& e) {
     std::cout << "refused: " << e.what() << "\n";
     return 1;

@@ -100,14 +100,35 @@ def test_repeats_bitwise(backend, case, sizes, device):
             assert all(torch.equal(a, b) for a, b in zip(call(case, sample, x), first, strict=True))
 
 
-@pytest.mark.parametrize("block", ["0", "58000"], ids=["tiles", "one_block"])
-def test_a_step_by_tiles_and_in_one_block(block, device, monkeypatch):
-    """Whichever of the two a memory's size does not choose by itself."""
-    monkeypatch.setenv("MEMCORE_STEP_BLOCK", block)
+@pytest.mark.parametrize("way", ["block", "once", "tiles"])
+@pytest.mark.parametrize("sizes", [{"N": 20}, {"N": 500, "W": 60}, {"B": 300, "N": 900, "W": 64}], ids=["small", "middle", "many"])
+def test_every_way_of_a_step(way, sizes, device, monkeypatch):
+    """Those that a memory's size does not choose by itself, too; more blocks that wait for each other than a device runs at a time."""
+    monkeypatch.setenv("MEMCORE_NTM_STEP", way)
     step = case_of("ntm_step")
-    sizes = {"N": 20} if block == "0" else {"N": 500, "W": 60}
+    if device != "cuda":
+        sizes = {"N": 20}
     with through("native", device):
         check(step, step.samples[0].resized(**sizes), torch.float32, device)
+
+
+def test_steps_that_wait_in_several_streams(device):
+    """Launches whose blocks wait for each other, side by side on one device."""
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    step = case_of("ntm_step")
+    sample = step.samples[0].resized(B=64, N=900, W=64)
+    with through("native", device):
+        x = moved(step.inputs(sample, torch.float32), device)
+        wanted = call(step, sample, x)
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream() for _ in range(8)], []
+        for _ in range(4):
+            for s in streams:
+                with torch.cuda.stream(s):
+                    found.append(call(step, sample, x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for y in found for a, b in zip(y, wanted, strict=True))
 
 
 @pytest.mark.parametrize("empty", ["B", "N", "W"])

@@ -13,11 +13,13 @@ import numpy as np
 
 from ptx_arithmetic import Arithmetic
 from ptx_operands import NP
-from ptx_program import WIDTH, Instruction, Program, is_warp_sync
+from ptx_program import WIDTH, Instruction, Program, is_arrival, is_warp_sync
 
 __all__ = ["Translator"]
 
 _ATOMS = ("add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec")
+_ORDERS = {"acquire": "acquire", "release": "release", "acq_rel": "both"}
+_BESIDE_ORDER = {*_ORDERS, *_ATOMS, "global", "shared", "gpu", "sys", "cta", "noftz"}
 
 
 class Translator:
@@ -34,7 +36,9 @@ class Translator:
             if program.blocks[k].end is None:
                 self.last[k] = self.last[k + 1]
                 self.sizes[1][k] += self.sizes[1][k + 1]
-        self.syncs = [bool(b.body) and is_warp_sync(b.body[0]) for b in program.blocks]
+        first = [b.body[0] if b.body else None for b in program.blocks]
+        self.syncs = ["" if i is None else "warp" if is_warp_sync(i) else "arrival" if program.sleeps and is_arrival(i) else "" for i in first]
+        """What a block starts with that not every lane goes through at once."""
         self.reductions: dict[int, tuple[str, int]] = {}
         """Barriers with a result: block index -> (kind, register)."""
         self._made: dict[tuple[int, bool], object] = {}
@@ -60,6 +64,16 @@ class _Block(Arithmetic):
             if s in op:
                 return s
         return "generic"
+
+    @staticmethod
+    def order(i: Instruction) -> str:
+        """acquire, release, both or nothing. Orders of fewer than all blocks are none between blocks."""
+        found = [_ORDERS[x] for x in i.op if x in _ORDERS]
+        if not found:
+            return ""
+        if len(found) > 1 or set(i.op[1:-1]) - _BESIDE_ORDER or len({"gpu", "sys", "cta"} & set(i.op)) > 1:
+            raise NotImplementedError("an order with other modifiers")
+        return "" if "cta" in i.op else found[0]
 
     def i_mov(self, i: Instruction) -> None:
         ex = self.execute(i)
@@ -105,8 +119,14 @@ class _Block(Arithmetic):
             space = "const" if m and self.is_register(m[1]) else "local"
         a, offset = self.address(operands[0])
         space = space if space != "const" else "const"
-        olds = "()" if ex is None else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"
-        got = self.temp(f"g.ld({a}, {offset}, {size}, {len(d)}, {space!r}, {self.guarded(ex)}, {olds})")
+        order = self.order(i)
+        if order and (order != "acquire" or len(d) != 1 or i.op[0] != "ld"):
+            raise NotImplementedError("load")
+        olds = f"({self._old(d[0], size)},)" if order else "()" if ex is None else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"
+        if order:
+            got = self.temp(f"g.ld_acquire({a}, {offset}, {size}, {space!r}, {ex}, {olds}, {self.site})")
+        else:
+            got = self.temp(f"g.ld({a}, {offset}, {size}, {len(d)}, {space!r}, {self.guarded(ex)}, {olds})")
         narrow = f"{NP[t[0]]}{size}"
         for k, r in enumerate(d):
             if r == "_":
@@ -142,6 +162,11 @@ class _Block(Arithmetic):
                 values.append(self.temp(f"{self.reg(r, f'u{w}')}.astype('u{size}')"))
             else:
                 values.append(self.src(r, f"b{size * 8}", True))
+        order = self.order(i)
+        if order:
+            if order != "release" or len(values) != 1:
+                raise NotImplementedError("store")
+            return self.say(f"g.st_release({a}, {offset}, {size}, [{values[0]}], {space!r}, {ex}, {self.site})")
         self.say(f"g.st({a}, {offset}, {size}, [{', '.join(values)}], {space!r}, {self.guarded(ex)})")
 
     def i_atom(self, i: Instruction, returns: bool = True) -> None:
@@ -158,7 +183,7 @@ class _Block(Arithmetic):
             tag = "f2"
         values = ", ".join(self.src(o, t, True) for o in operands[2:])
         old = self._old(operands[0], size)
-        got = f"g.atom({a}, {offset}, {size}, {kind!r}, {tag!r}, [{values}], {self.space(i.op)!r}, {ex}, {old})"
+        got = f"g.atom({a}, {offset}, {size}, {kind!r}, {tag!r}, [{values}], {self.space(i.op)!r}, {ex}, {old}, {self.order(i)!r}, {self.site})"
         if operands[0] == "_":
             self.say(got)
         else:
@@ -200,7 +225,7 @@ class _Block(Arithmetic):
     def _hint(self, i: Instruction) -> None:
         pass
 
-    i_prefetch = i_prefetchu = i_membar = i_fence = i_griddepcontrol = i_nanosleep = i_applypriority = i_discard = _hint
+    i_prefetch = i_prefetchu = i_membar = i_fence = i_griddepcontrol = i_applypriority = i_discard = _hint
 
     def i_createpolicy(self, i: Instruction) -> None:
         self.put(i.operands[0], f"g.const({self.keep(np.uint64(0))})", "u8", self.execute(i))
@@ -319,6 +344,10 @@ class _Block(Arithmetic):
             return self.say(f"g.leave({p}, {after}, m)")
         if op[0] == "trap":
             return self.say(f"g.trap({end.text!r}, {self.execute(end) if end.guard else 'm'}, {after}, m)")
+        if op[0] == "nanosleep":
+            if op != ["nanosleep", "u32"] or len(end.operands) != 1:
+                raise NotImplementedError(end.text)
+            return self.say(f"g.sleep({self.execute(end)}, {after}, m)")
         if end.guard:
             raise NotImplementedError(f"{end.text}: a barrier under a predicate")
         operands = list(end.operands)

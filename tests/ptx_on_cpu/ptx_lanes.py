@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx_meetings import Meetings
 from ptx_program import PtxError
-from ptx_races import BLOCK_AT, EPOCH_AT, views
+from ptx_races import BLOCK_AT, EPOCH_AT, SYNC_AT, views
 from ptx_report import Site
 from ptx_warps import Warps
 
@@ -25,7 +26,7 @@ _ATOMIC = {
 }  # fmt: skip
 
 
-class Group(Warps):
+class Group(Warps, Meetings):
     """Lanes that are scheduled together: of every running block all lanes, or one warp's."""
 
     def __init__(self, m: Machine, warps: range, ctas: list[tuple[int, int, int]]):
@@ -55,6 +56,8 @@ class Group(Warps):
         self.pc = np.zeros(self.n, np.int32)
         self.at: int | None = 0 if self.full else None  # the common program counter, while all lanes are alive and together
         self.waiting = np.zeros(self.n, bool)
+        self.asleep = np.zeros(self.n, bool)  # of those that wait: until the next round
+        self.sleeps = False
         self.bar = np.zeros(self.n, np.int32)  # block index of the barrier a lane waits in
         self.bar_id = np.zeros(self.n, np.int32)
         self.bar_count = np.zeros(self.n, np.int32)
@@ -69,8 +72,7 @@ class Group(Warps):
         self.local_stride = -(-bytes_local // 16) * 16 + 16
         self.local = np.full(self.n * self.local_stride, 0xFF, np.uint8) if bytes_local else None
         if m.races:
-            block_id = (cta[:, 0] + m.grid[0] * (cta[:, 1] + m.grid[1] * cta[:, 2])) % (1 << 16) + 1
-            self.me = (np.repeat(block_id, per) << BLOCK_AT) + (np.int64(1) << EPOCH_AT) + lin
+            self.me = (np.repeat(m.numbers(ctas), per) << BLOCK_AT) + (np.int64(1) << EPOCH_AT) + lin
         self.index = np.arange(self.n, dtype=np.int64)
 
     def const(self, v):
@@ -100,6 +102,8 @@ class Group(Warps):
                 mask = ready & (self.pc == b)
                 if b < n_blocks and code.syncs[b]:
                     b, mask = self.rendezvous(b, mask, ready)
+                    if mask is None:
+                        return
                 if b >= n_blocks:
                     self.alive &= ~mask
                     self.full = False
@@ -113,16 +117,28 @@ class Group(Warps):
             code.function(b, mask is not None)(self, self.R, mask)
 
     def rendezvous(self, b, mask, ready):
-        """Lanes at a warp-wide instruction wait while others of their warp can still come: what runs instead."""
+        """Lanes at a warp-wide instruction wait while others of their warp can still come: what runs instead. No mask: they sleep."""
         syncs, n = self.m.kernel.translator.syncs, self.m.kernel.translator.n
+        if self.sleeps:
+            held = np.repeat(self.asleep.reshape(-1, 32).any(1), 32)
         for p in np.unique(self.pc[ready]).tolist():
             here = ready & (self.pc == p)
             if p >= n or not syncs[p]:
                 return p, here
+            if syncs[p] == "arrival":
+                return p, self.halve(here)
             elsewhere = (ready & ~here).reshape(-1, 32).any(1)
             complete = here & ~np.repeat(elsewhere, 32)
+            if self.sleeps:
+                complete &= ~held
             if complete.any():
                 return p, complete
+        if self.sleeps:
+            ready = ready & ~held
+            if not ready.any():
+                return b, None
+            b = int(self.pc[ready].min())
+            mask = ready & (self.pc == b)
         # All wait: for lanes of one warp in different places, with masks of their own perhaps. The first that is complete goes.
         return b, mask
 
@@ -202,7 +218,7 @@ class Group(Warps):
         self.waiting &= ~lanes
         self.pc[lanes] = b + 1
         if self.m.races:
-            self.me[lanes] = (self.me[lanes] & ~np.int64((1 << EPOCH_AT) - (1 << 13))) + (np.int64(1) << EPOCH_AT)
+            self.me[lanes] = (self.me[lanes] & ~np.int64((1 << EPOCH_AT) - (1 << SYNC_AT))) + (np.int64(1) << EPOCH_AT)
         if self.full and lanes.all():
             self.at = b + 1
 
@@ -259,7 +275,7 @@ class Group(Warps):
         if space == "generic":
             space = self.window(a)
             a = a - {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "global": 0}[space]
-        what = "atomic" if atomic else "store" if write else "load"
+        what = "load" if not write else "atomic" if atomic else "store"
         if len(a) and (a & (size - 1)).any():
             self.fault(f"misaligned {size}-byte {space} {what}", a, lanes, (a & (size - 1)) != 0)
         if space == "shared":
@@ -285,8 +301,10 @@ class Group(Warps):
             if not ok.all():
                 self.fault(f"{what} of {size} bytes outside every buffer", a, lanes, ~ok)
             if space != "const":
-                if m.count:
-                    m.count_global(self, byte, size, lanes, "atomic" if atomic else what)
+                if m.count and (write or not atomic):  # how often a wait looks says nothing
+                    m.count_global(self, byte, size, lanes, what)
+                if write and len(a):
+                    m.moves += 1
                 if write and m.read_only is not None and m.read_only[byte].any():
                     self.fault(f"{what} to an argument that only is read", a, lanes, m.read_only[byte])
                 if m.races and not atomic:
@@ -311,10 +329,16 @@ class Group(Warps):
         where = self.m.nearest(at) if at > WINDOW * 4 else f"address {at}"
         raise PtxError(f"{what}: {where}, thread {int(self.lin[lane])} of block {cta}")
 
-    def atom(self, a, offset, size, kind, type_, values, space, mask, old):
+    def atom(self, a, offset, size, kind, type_, values, space, mask, old, order: str, site: Site):
         """In lane order; returns what was there before."""
+        if order in ("release", "both"):
+            self.m.report.sites.add(site)
+            if self.m.without == site:
+                return old.view(f"u{size}")
         memory, at, lanes = self.find(a, offset, size, space, mask, True, atomic=True)
         view = memory[size].view(type_) if type_ != "bf16" else memory[size]
+        if order:
+            self.meet(memory, at * size, lanes, order != "release", order != "acquire")
         values = [v if lanes is None else v[lanes] for v in values]
         out = old.copy().view(f"u{size}").view(view.dtype)
         lanes = self.index if lanes is None else lanes

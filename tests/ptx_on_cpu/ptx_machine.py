@@ -7,6 +7,8 @@ order of execution, write after read included).
 
 Every global access must lie in an argument's array, every shared access in the block's shared memory; both are aligned. Shared
 and local memory and registers start as 0xFF (NaN, -1). Barriers must be reached by all of a block's threads.
+
+Blocks that run side by side may wait for each other, with nanosleep in the loop (`ptx_meetings`): four times as many lanes run then.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 
 from ptx_code import Translator
 from ptx_lanes import Group
+from ptx_meetings import BlockRaces
 from ptx_program import WIDTH, Module, Program, PtxError
 from ptx_races import Races, views
 from ptx_report import Launch, Site, Sparse, Traffic
@@ -79,7 +82,8 @@ class Kernel:
             replicas: several lanes may write one word if their float32 differ in the last bits only. Triton keeps copies of a value
                 in many lanes; a sum of products ends in an fma on one of two lanes that exchange halves, so copies may differ.
             blocks: run only these blocks of the grid.
-            without: leave out this barrier, warp barrier, wait or shuffle, or this access's predicate: a mutant.
+            without: leave out this barrier, warp barrier, wait or shuffle, this release, this acquire (it sees a wait's end), or this
+                access's predicate: a mutant.
             names: of the buffers in `traffic`, in the order of args and memory; parameter names without it.
         """
         if order not in ORDERS:
@@ -95,9 +99,13 @@ class Kernel:
         machine = Machine(self, grid, block, args, shared, order, list(memory), races, count, names)
         machine.replicas, machine.without = replicas, without
         which = iter(blocks) if blocks is not None else ((x, y, z) for z, y, x in product(*map(range, reversed(grid))))
-        step = max(1, LANES // (-(-threads // 32) * 32))
-        while some := list(islice(which, step)):
+        step = max(1, LANES * (4 if self.program.sleeps else 1) // (-(-threads // 32) * 32))
+        some = list(islice(which, step))
+        while some:
+            later = list(islice(which, step))
+            machine.more = bool(later)
             machine.run(some)
+            some = later
         machine.copy_out()
         return machine.report
 
@@ -115,6 +123,8 @@ class Machine:
         self.shared_stride = -(-self.shared_bytes // 16) * 16 + 128
         self.report = Launch()
         self.fuel = FUEL
+        self.moves = 0  # stores to global memory
+        self.clocks = None
         self.arrived: dict[tuple[int, int], int] = defaultdict(int)
         self.special = {f"%ntid.{c}": np.uint32(block[i]) for i, c in enumerate("xyz")}
         self.special |= {f"%nctaid.{c}": np.uint32(grid[i]) for i, c in enumerate("xyz")}
@@ -123,7 +133,7 @@ class Machine:
         self._place(args, memory, names)
         self._arguments(args)
         if races:
-            self.global_races = Races(len(self.arena), self.kernel.granules["global"], "global")
+            self.global_races = (BlockRaces if program.sleeps else Races)(len(self.arena), self.kernel.granules["global"], "global")
 
     # Memory -------------------------------------------------------------------------------------------------------------
 
@@ -292,42 +302,70 @@ class Machine:
 
     # Running ------------------------------------------------------------------------------------------------------------
 
+    def numbers(self, ctas) -> np.ndarray:
+        """Of blocks, from 1: they have 17 bits in a record of races."""
+        cta = np.array(ctas, np.int64).reshape(-1, 3)
+        return (cta[:, 0] + self.grid[0] * (cta[:, 1] + self.grid[1] * cta[:, 2])) % (1 << 16) + 1
+
     def run(self, ctas) -> None:
         n = len(ctas) * self.shared_stride
         self.shared_data = np.full(n + 16, 0xFF, np.uint8)
         self.shared_views = views(self.shared_data)
         if self.races:
             self.shared_races = Races(len(self.shared_data), self.kernel.granules["shared"], "shared")
+            if self.kernel.program.sleeps:
+                self.clocks = self.global_races.enter(self.numbers(ctas))
         if self.order == "lockstep":
             groups = [Group(self, range(self.warps), ctas)]
         else:
             groups = [Group(self, range(w, w + 1), ctas) for w in range(self.warps)]
             if self.order == "warps-reverse":
                 groups.reverse()
+        before, quiet = None, 0
         with np.errstate(all="ignore"):
             while True:
                 for g in groups:
                     g.run()
                 if not any(g.alive.any() for g in groups):
                     return
-                self.barrier(groups, len(ctas))
+                asleep = any(g.sleeps for g in groups)
+                freed = self.barrier(groups, len(ctas), asleep)
+                if asleep:  # twice: those who see what they wait for may only wait for the next
+                    now = self.moves, [(int(g.alive.sum()), g.pc[g.asleep].tobytes()) for g in groups]
+                    quiet = quiet + 1 if now == before and not freed else 0
+                    before = now
+                    if quiet == 2:
+                        self.stuck(ctas)
+                    for g in groups:
+                        g.wake()
 
-    def barrier(self, groups, slots) -> None:
-        """Lets those go on whose barrier is complete."""
+    def stuck(self, ctas) -> None:
+        message = f"{self.kernel.program.name}: blocks wait for each other for ever: a value they wait for never comes"
+        if self.more:
+            message += f" (or from later blocks: no more than {len(ctas)} of {self.threads} threads run side by side here)"
+        raise PtxError(message)
+
+    def barrier(self, groups, slots, asleep) -> bool:
+        """Lets those go on whose barrier is complete. While somebody sleeps the others of a block may still come."""
         slot = np.concatenate([g.slot for g in groups])
         alive = np.concatenate([g.alive for g in groups])
-        waits = np.concatenate([g.waiting for g in groups])
+        waits = np.concatenate([g.waiting & ~g.asleep if g.sleeps else g.waiting for g in groups])
+        if asleep and not (alive & waits).any():
+            return False
         b = np.concatenate([g.bar for g in groups])
         ids = np.concatenate([g.bar_id for g in groups])
         counts = np.concatenate([g.bar_count for g in groups])
-        self.report.barriers += 1
         code = self.kernel.translator
         free = np.zeros(len(slot), bool)
         simple = waits[alive].all() and (counts[alive] == 0).all() and len(np.unique(b[alive])) == 1
         if simple:
             free = alive.copy()
         else:
-            for s in range(slots):
+            which = range(slots)
+            if asleep:  # mostly a few blocks wait for the others: those that are whole, and whose barriers are all of one name
+                whole = np.bincount(slot[alive & waits & (counts == 0)], minlength=slots) == np.bincount(slot[alive], minlength=slots)
+                which = np.unique(slot[alive & waits & (whole[slot] | (counts != 0))])
+            for s in which:
                 mine = alive & (slot == s)
                 if not mine.any():
                     continue
@@ -342,8 +380,13 @@ class Machine:
                     elif here.sum() + self.arrived.get((s, int(name)), 0) >= want:
                         self.arrived.pop((s, int(name)), None)
                         free |= here
+            if asleep and not free.any():
+                return False
             if not free.any():
                 raise PtxError("a barrier is never complete: some of the block's threads do not reach it, or reach another one")
+        self.report.barriers += 1
+        if self.clocks is not None:
+            self.clocks.barrier(np.bincount(slot[free], minlength=slots) == np.bincount(slot[alive], minlength=slots))
         at = 0
         values = np.concatenate([g.bar_value for g in groups])
         for g in groups:
@@ -361,3 +404,4 @@ class Machine:
                     old = g.R[dst] if kind != "popc" else g.R[dst].view(np.uint32)
                     g.R[dst] = np.where(some, r, old)
                 g.release(some, int(k))
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["Block", "Instruction", "Module", "Program", "PtxError", "WIDTH", "is_warp_sync"]
+__all__ = ["Block", "Instruction", "Module", "Program", "PtxError", "WIDTH", "is_arrival", "is_warp_sync"]
 
 # Bits of a register or operand type.
 WIDTH = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
@@ -63,6 +63,11 @@ class Program:
     """.maxntid or .reqntid, if there is one."""
     text: str
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether its blocks may wait for each other: nanosleep stands in such loops."""
+        return any(b.end is not None and b.end.op[0] == "nanosleep" for b in self.blocks)
+
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression."""
         return sum(bool(re.search(pattern, i.text)) for b in self.blocks for i in [*b.body, *([b.end] if b.end else [])])
@@ -71,6 +76,11 @@ class Program:
 def is_warp_sync(i: Instruction) -> bool:
     """Waits for the lanes its mask names, wherever they are. Such an instruction starts a block."""
     return i.op[0] in ("shfl", "vote", "match", "redux", "elect") or (i.op[0] in ("bar", "barrier") and "warp" in i.op)
+
+
+def is_arrival(i: Instruction) -> bool:
+    """Tells other blocks of something. Where blocks wait for each other such an instruction starts a block."""
+    return i.op[0] in ("red", "atom", "st") and bool({"release", "acq_rel"} & set(i.op))
 
 
 def _uncomment(text: str) -> str:
@@ -140,7 +150,7 @@ class _Builder:
     """The body of one entry point, with functions inlined where they are called."""
 
     def __init__(self, text: str):
-        self.text = text
+        self.text, self.sleeps = text, "nanosleep" in text
         self.files = {m[1]: m[2] for m in re.finditer(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text)}
         self.line, self.inline = "", False
         self.registers: dict[str, int] = {}
@@ -295,9 +305,9 @@ class _Builder:
         if op[0] == "ret" and leave:
             i = Instruction(["bra"], [leave], original, guard, negated)
         waits = op[0] in ("bar", "barrier") and "warp" not in op and "arrive" not in op and op[1] != "cluster"
-        if is_warp_sync(i):
+        if is_warp_sync(i) or (self.sleeps and is_arrival(i)):
             self.start_block()
-        if i.op[0] in _ENDS or waits:
+        if i.op[0] in _ENDS or waits or i.op[0] == "nanosleep":
             self.blocks[-1].end = i
             self.blocks.append(Block())
         else:

@@ -6,11 +6,13 @@ import numpy as np
 
 from ptx_program import PtxError
 
-__all__ = ["BLOCK_AT", "EPOCH_AT", "Races", "views"]
+__all__ = ["BLOCK_AT", "EPOCH_AT", "MANY", "MANY_BLOCKS", "RELEASES_AT", "SYNC_AT", "Races", "views"]
 
 _MANY_WARP, _MANY = np.int64(1 << 10), np.int64(1 << 11)
-_MANY_BLOCKS = np.int64(1 << 12)
-EPOCH_AT, BLOCK_AT = 30, 46
+MANY_BLOCKS = np.int64(1 << 12)
+MANY = _MANY_WARP | _MANY
+SYNC_AT, RELEASES_AT, EPOCH_AT, BLOCK_AT = 13, 27, 30, 46
+_SYNC = np.int64((1 << RELEASES_AT) - (1 << SYNC_AT))
 
 
 def views(data: np.ndarray) -> dict[int, np.ndarray]:
@@ -32,7 +34,7 @@ def _alike(a, b, replicas: bool):
 class Races:
     """Who last wrote and read each granule, and since when: two accesses of which one writes need a barrier between them.
 
-    An access is (block, block barriers passed, warp barriers passed since, thread) in one int64.
+    An access is (block, block barriers passed, releases and warp barriers since, thread) in one int64. Here releases order nothing.
     """
 
     def __init__(self, nbytes: int, granule: int, what: str):
@@ -47,10 +49,10 @@ class Races:
         same_epoch = (x >> EPOCH_AT) == 0
         other_warp = (x & 0x3E0) != 0
         other_lane = (x & 0x1F) != 0
-        same_sync = (x & np.int64((1 << EPOCH_AT) - (1 << 13))) == 0
+        same_sync = (x & _SYNC) == 0
         many, many_warp = (before & _MANY) != 0, (before & _MANY_WARP) != 0
         unordered = same_epoch & (many | other_warp | (same_sync & (other_lane | many_warp)))
-        return (before != 0) & (other_block | unordered | ((before & _MANY_BLOCKS) != 0))
+        return (before != 0) & (other_block | unordered | ((before & MANY_BLOCKS) != 0))
 
     def check(self, group, byte, size, lanes, write, memory, values):
         g = self.g
@@ -65,7 +67,7 @@ class Races:
         if write:
             if values is not None and bad.any():
                 bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad), group)
-            readers = self.conflict(self.reads[at], me)
+            readers = self.readers(at, me)
             if readers.any():
                 self.report(group, at, readers, lanes, size, "a write after another thread's read")
             self.writes[at] = me
@@ -73,26 +75,37 @@ class Races:
             if twice.any() and values is not None:
                 self.same_values(group, byte, size, lanes, values, at)
         else:
-            seen = self.reads[at]
-            x = seen ^ me
-            many = np.zeros(len(at), np.int64)
-            live = (seen != 0) & ((x >> EPOCH_AT) == 0)
-            same_sync = live & ((x & np.int64((1 << EPOCH_AT) - (1 << 13))) == 0)  # a lane's read before the warp's barrier bothers its warp no more
-            many[same_sync & (x & 0x1F != 0)] |= _MANY_WARP
-            many[live & (x & 0x3E0 != 0)] |= _MANY
-            many |= np.where(live, seen & _MANY, 0) | np.where(same_sync, seen & _MANY_WARP, 0)
-            many[(seen != 0) & ((x >> BLOCK_AT) != 0)] |= _MANY_BLOCKS
-            many |= seen & _MANY_BLOCKS
-            self.reads[at] = me | many
-            now = self.reads[at]
-            y = now ^ me
-            if ((y & 0x3FF) != 0).any() or ((y >> BLOCK_AT) != 0).any():  # other lanes of this instruction read it too
-                w, x_, z = (y & 0x1F) != 0, (y & 0x3E0) != 0, (y >> BLOCK_AT) != 0
-                for flag, where in ((_MANY_WARP, w), (_MANY, x_), (_MANY_BLOCKS, z)):
-                    if where.any():
-                        self.reads[at[where]] |= flag
+            self.read(at, me)
         if bad.any():
             self.report(group, at, bad, lanes, size, "a write after another thread's write" if write else "a read after another thread's write")
+
+    def readers(self, at, me):
+        """Those whose write meets a read before it."""
+        return self.conflict(self.reads[at], me)
+
+    def read(self, at, me) -> None:
+        self.note(self.reads, at, me)
+
+    @staticmethod
+    def note(reads, at, me) -> None:
+        seen = reads[at]
+        x = seen ^ me
+        many = np.zeros(len(at), np.int64)
+        live = (seen != 0) & ((x >> EPOCH_AT) == 0)
+        same_sync = live & ((x & _SYNC) == 0)  # a lane's read before the warp's barrier bothers its warp no more
+        many[same_sync & (x & 0x1F != 0)] |= _MANY_WARP
+        many[live & (x & 0x3E0 != 0)] |= _MANY
+        many |= np.where(live, seen & _MANY, 0) | np.where(same_sync, seen & _MANY_WARP, 0)
+        many[(seen != 0) & ((x >> BLOCK_AT) != 0)] |= MANY_BLOCKS
+        many |= seen & MANY_BLOCKS
+        reads[at] = me | many
+        now = reads[at]
+        y = now ^ me
+        if ((y & 0x3FF) != 0).any() or ((y >> BLOCK_AT) != 0).any():  # other lanes of this instruction read it too
+            w, x_, z = (y & 0x1F) != 0, (y & 0x3E0) != 0, (y >> BLOCK_AT) != 0
+            for flag, where in ((_MANY_WARP, w), (_MANY, x_), (MANY_BLOCKS, z)):
+                if where.any():
+                    reads[at[where]] |= flag
 
     def unchanged(self, byte, size, lanes, memory, values, total, group):
         """Writing again what is there harms nobody."""

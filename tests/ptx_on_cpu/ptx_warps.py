@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptx_program import PtxError
+from ptx_races import SYNC_AT
 
 __all__ = ["Warps"]
 
@@ -115,7 +116,7 @@ class Warps:
             return
         self.lanes_of_mask(member, mask, "bar.warp.sync")
         if self.m.races:
-            step = np.int64(1) << 13
+            step = np.int64(1) << SYNC_AT
             if mask is None:
                 self.me = self.me + step
             else:

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import assert_close
+import ptx_suite
+from cases import assert_close, case as case_of, step
 from contract import PAIRS, expected, run
-from ptx_suite import BACKENDS, Emulator, emulated, missing, operators
+from ptx_machine import Kernel, PtxError
+from ptx_program import Module
+from ptx_suite import BACKENDS, Emulator, emulated, missing, nvcc_ptx, operators
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,3 +56,25 @@ def check(emulator, case, sample, dtype):
 @pytest.mark.parametrize("backend, arch, case, sample, dtype", list(plan()))
 def test_contract(backend, arch, case, sample, dtype):
     check(Emulator(backend, arch), case, sample, dtype)
+
+
+# Four tiles, the last one short; the last block without a head.
+MEETING = step("r3_w2", 3, 2, B=3, N=200, W=130)
+needs_nvcc = pytest.mark.skipif(bool(missing("cuda")), reason=missing("cuda"))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch, dtype", [(80, "float32"), (90, "bfloat16")])
+def test_blocks_of_a_step_that_meet(arch, dtype):
+    check(Emulator("cuda", arch), case_of("ntm_step"), MEETING, DTYPES[dtype])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("ordered, instead", [("red.release.gpu", "red.relaxed.gpu"), ("ld.acquire.gpu", "ld.relaxed.gpu")])
+def test_a_meeting_without_its_order_is_a_race(ordered, instead, monkeypatch):
+    text = nvcc_ptx("ntm_step_tiles", 80)
+    assert ordered in text
+    module = Module(text.replace(ordered, instead))
+    monkeypatch.setattr(ptx_suite, "nvcc_kernel", lambda op, symbol, arch: Kernel(module, symbol))
+    with pytest.raises(PtxError, match="race"):
+        check(Emulator("cuda", 80, orders=("lockstep",)), case_of("ntm_step"), MEETING, torch.float32)

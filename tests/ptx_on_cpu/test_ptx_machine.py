@@ -395,7 +395,13 @@ def test_wrong_programs_are_caught(body, message, monkeypatch):
         run(body)
 
 
-@pytest.mark.parametrize("line", ["wgmma.fence.sync.aligned;", "frobnicate.u32 %r3, %r2;", "add.cc.u32 %r3, %r2, 1;", "tex.1d.v4.f32.s32 {%f1,%f2,%f3,%f4}, [x, {%r2}];", "cp.async.bulk.commit_group;"])
+ORDERED = [
+    "nanosleep.u64 %rd1;", "ld.acquire.vague.global.u32 %r3, [%rd3];", "red.release.gpu.vague.add.u32 [%rd3], 1;",
+    "ld.acquire.gpu.global.v2.u32 {%r3, %r4}, [%rd3];", "st.release.gpu.global.v2.u32 [%rd3], {%r3, %r4};",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["wgmma.fence.sync.aligned;", "frobnicate.u32 %r3, %r2;", "add.cc.u32 %r3, %r2, 1;", "tex.1d.v4.f32.s32 {%f1,%f2,%f3,%f4}, [x, {%r2}];", "cp.async.bulk.commit_group;", *ORDERED])
 def test_unknown_instructions_raise(line):
     with pytest.raises(NotImplementedError):
         run(line)
