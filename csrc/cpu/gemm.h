@@ -2,6 +2,7 @@
 #pragma once
 
 #include "addressing.h"
+#include "transpose.h"
 
 namespace memcore {
 namespace MC_ISA {
@@ -36,10 +37,7 @@ template <class C> struct Packed {
   // The transpose of [N, K].
   void pack_transposed(const C* from) {
     for (int64_t n = 0; n < Np; n += P) {
-      const int64_t w = width(n);
-      C* to = panel(n);
-      for (int64_t k = 0; k < K; k++, to += w)
-        for (int64_t i = 0; i < w; i++) to[i] = n + i < N ? from[(n + i) * K + k] : 0;
+      for (int64_t i = 0; i < width(n); i += L) columns_to_vectors(panel(n) + i, width(n), from + (n + i) * K, K, N - n - i, K);
     }
   }
 };

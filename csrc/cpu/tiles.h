@@ -5,7 +5,7 @@
 // Names are those of rows.h. Key, erase, add and read vectors lie [heads, ld]; weights and other numbers of slots lie [heads, ldc], padded.
 #pragma once
 
-#include "vec.h"
+#include "transpose.h"
 
 namespace memcore {
 namespace MC_ISA {
@@ -14,15 +14,11 @@ constexpr int64_t kTileGroup = 16;  // tiles that one sweep over the columns tak
 
 template <class C> inline void to_tiles(C* tiles, const C* rows, int64_t N, int64_t W) {
   constexpr int L = Lanes<C>::n;
-  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L)
-    for (int64_t w = 0; w < W; w++)
-      for (int64_t i = 0; i < L; i++) tiles[w * L + i] = n + i < N ? rows[i * W + w] : 0;
+  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L) columns_to_vectors(tiles, L, rows, W, N - n, W);
 }
 template <class C> inline void from_tiles(C* rows, const C* tiles, int64_t N, int64_t W) {
   constexpr int L = Lanes<C>::n;
-  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L)
-    for (int64_t i = 0; i < L && n + i < N; i++)
-      for (int64_t w = 0; w < W; w++) rows[i * W + w] = tiles[w * L + i];
+  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L) vectors_to_columns(rows, W, tiles, L, N - n, W);
 }
 
 // f(Number<n>) for 0 <= n <= 5, so that n is known at compile time.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from .. import _parameters
 from .._op import register
 from ..content_addressing.op import content_addressing
 from ..lrua_write.op import lrua_write
@@ -139,7 +140,7 @@ def mann_sequence(
         input: [T, B, X].
         memory: [B, N, W]; reads [B, R, W], read_weights [B, R, N], usage [B, N] and controller [2 layers, B, K] (h, c of each LSTM layer in turn):
             the state before the first step.
-        parameters: `MANNParameters`.
+        parameters: `MANNParameters`; a weight may be a tuple of blocks of its rows.
         decay: of the usage, a finite number.
         strength: of the read keys, a finite number; the paper has none, which is 1.
         zero: "least_used" zeroes the one least-used slot before the write, None does not.
@@ -156,9 +157,8 @@ def mann_sequence(
         ValueError: wrong shape, decay, zero, add, order or checkpoint_every. TypeError: not floating, or lengths not integers.
         RuntimeError: devices differ.
     """
-    pairs = [*parameters.layers, parameters.interface, parameters.output]
     named = [("input", input), ("memory", memory), ("reads", reads), ("read_weights", read_weights), ("usage", usage), ("controller", controller)]
-    named += [("parameters", t) for pair in pairs for t in pair]
+    named += [("parameters", t) for t in _parameters.tensors_of(parameters)]
     input, memory, reads, read_weights, usage, controller, *flat = _checks.common(_OP, *named)
     _checks.dims(_OP, "input", input, "T, B, X")
     _checks.dims(_OP, "memory", memory, "B, N, W")
@@ -186,11 +186,7 @@ def mann_sequence(
     for name, value in (("decay", decay), ("strength", strength)):
         _checks.finite_number(_OP, name, value)
     separate = add == "separate"
-    for i, (t, expected) in enumerate(zip(flat, _sizes(X, K, O, W, L, R, separate), strict=True)):
-        if tuple(t.shape) != expected:
-            owner = f"layers[{i // 2}]" if i < 2 * L else ("interface", "output")[(i - 2 * L) // 2]
-            what = ("weight", "bias")[i % 2]
-            raise ValueError(f"memcore.{_OP}: {what} of 'parameters.{owner}' must have shape {expected}, got {tuple(t.shape)}")
+    _parameters.check(_OP, parameters, flat, _sizes(X, K, O, W, L, R, separate))
     if checkpoint_every is not None:
         _checks.whole(_OP, "checkpoint_every", checkpoint_every, 1)
     if lengths is not None:
@@ -203,15 +199,15 @@ def mann_sequence(
     state = memory, reads, read_weights, usage, controller
     if N > 0 and L <= _MOST_LAYERS and runs_whole(memory.device):
         dtype = memory.dtype
-        tensors = [input, *state, torch.cat([t.reshape(-1) for t in flat])]
+        tensors = [input, *state, _parameters.vector(flat)]
         if dtype in (torch.bfloat16, torch.float16):  # the kernel's state stays in float32 from the first step to the last
             tensors = [t.float() for t in tensors]
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         every = checkpoint_every or max(1, round(math.sqrt(T)))
         rest = O, L, float(decay), float(strength), zero is not None, separate, order == _ORDERS[0], every, keep, keep and input.requires_grad
-        found = MANNSequence(*(t.to(dtype) for t in _fwd(*tensors, lengths, *rest)))
+        found = _fwd(*tensors, lengths, *rest)
+        found = MANNSequence(*(found if tensors[0].dtype == dtype else (t.to(dtype) for t in found)))
         return found._replace(usage=found.usage.detach())
-    pairs = list(zip(flat[::2], flat[1::2]))
-    unpacked = MANNParameters(pairs[:-2], pairs[-2], pairs[-1])
+    unpacked = _parameters.together(parameters, flat, MANNParameters)
     ops = reference.Operators(lrua_write, content_addressing, read, usage_update)
     return reference.run(ops, input, *state, unpacked, decay, strength, zero, separate, order == _ORDERS[0], lengths)

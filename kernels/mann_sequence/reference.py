@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _parameters
 from ..content_addressing.reference import content_addressing
 from ..lrua_write.reference import lrua_write
 from ..read.reference import read
@@ -21,9 +22,9 @@ class MANNParameters(NamedTuple):
     X inputs, K units of a controller layer, O outputs, F = R * W for R heads, I = F + R, or 2F + R with add="separate".
     """
 
-    layers: Sequence[tuple[Tensor, Tensor]]
+    layers: Sequence[tuple[Tensor | tuple[Tensor, ...], Tensor]]
     """(weight [D, 4K], bias [4K]) of each LSTM layer, multiplied from the right; gates in the order input, forget, output, candidate. The inputs
-    D of the first layer are [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]."""
+    D of the first layer are [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]. A weight may come as a tuple of blocks of its rows."""
     interface: tuple[Tensor, Tensor]
     """(weight [I, K], bias [I]) of the projection to every head's key, with add="separate" every head's word, and every head's gate, as of
     torch.nn.Linear."""
@@ -132,4 +133,5 @@ def mann_sequence(
     """Controller, memory and output layer over all time steps; see memcore.functional.mann_sequence."""
     ops = Operators(lrua_write, content_addressing, read, usage_update)
     state = memory, reads, read_weights, usage, controller
+    parameters = _parameters.together(parameters, _parameters.tensors_of(parameters), MANNParameters)
     return run(ops, input, *state, parameters, decay, strength, zero, add == "separate", order == "write_read", lengths)

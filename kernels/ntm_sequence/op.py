@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from .. import _parameters
 from .._op import register
 from ..ntm_step.op import ntm_step
 from ..split_interface.op import check_heads
@@ -153,7 +154,7 @@ def ntm_sequence(
         input: [T, B, X].
         memory: [B, N, W]; reads [B, R, W], weights [B, H, N] (read heads first) and controller [2 layers, B, K] (h, c of each LSTM layer in
             turn; [0, B, K] without gates): the state before the first step.
-        parameters: `NTMParameters`.
+        parameters: `NTMParameters`; a weight may be a tuple of blocks of its rows.
         read_heads, write_heads: either may be 0, not both.
         shift_range: R; 2R + 1 shifts are allowed.
         order: "write_read" reads after the write (the paper's M_t), "read_write" before it.
@@ -170,9 +171,8 @@ def ntm_sequence(
         ValueError: wrong shape, head counts, order, clip or checkpoint_every. TypeError: not floating, or lengths not integers.
         RuntimeError: devices differ.
     """
-    pairs = [*parameters.layers, parameters.interface, parameters.output]
     named = [("input", input), ("memory", memory), ("reads", reads), ("weights", weights), ("controller", controller)]
-    named += [("parameters", t) for pair in pairs for t in pair]
+    named += [("parameters", t) for t in _parameters.tensors_of(parameters)]
     input, memory, reads, weights, controller, *flat = _checks.common(_OP, *named)
     check_heads(_OP, read_heads, write_heads, shift_range)
     _checks.dims(_OP, "input", input, "T, B, X")
@@ -188,12 +188,7 @@ def ntm_sequence(
     if L < 1:
         raise ValueError(f"memcore.{_OP}: 'parameters.layers' must have at least one layer, got none")
     _checks.shape(_OP, "controller", controller, "2 layers, B, K", (2 * L if lstm else 0, B, K), "parameters", (L, B, K))
-    shapes = _sizes(X, K, O, W, lstm, L, read_heads, write_heads, shift_range)
-    for i, (t, expected) in enumerate(zip(flat, shapes, strict=True)):
-        if tuple(t.shape) != expected:
-            owner = f"layers[{i // 2}]" if i < 2 * L else ("interface", "output")[(i - 2 * L) // 2]
-            what = ("weight", "bias")[i % 2]
-            raise ValueError(f"memcore.{_OP}: {what} of 'parameters.{owner}' must have shape {expected}, got {tuple(t.shape)}")
+    _parameters.check(_OP, parameters, flat, _sizes(X, K, O, W, lstm, L, read_heads, write_heads, shift_range))
     if order not in _ORDERS:
         raise ValueError(f"memcore.{_OP}: 'order' must be 'write_read' or 'read_write', got {order!r}")
     if clip is not None and not clip > 0:
@@ -211,13 +206,13 @@ def ntm_sequence(
     if N > 0 and L <= _MOST_LAYERS and runs_whole(memory, X, K, O, lstm, L, read_heads, write_heads, shift_range):
         dtype = memory.dtype
         states = [input, memory, reads, weights, controller]
-        vector = torch.cat([t.reshape(-1) for t in flat])
+        vector = _parameters.vector(flat)
         if dtype in (torch.bfloat16, torch.float16):  # the kernel's state stays in float32 from the first step to the last
             *states, vector = (t.float() for t in (*states, vector))
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, vector))
         every = checkpoint_every or copies_every(T)
         rest = O, lstm, L, read_heads, write_heads, shift_range, order == _ORDERS[0], float(clip or 0), every, keep
-        return NTMSequence(*(t.to(dtype) for t in _fwd(*states, vector, lengths, *rest)))
-    pairs = list(zip(flat[::2], flat[1::2]))
-    unpacked = NTMParameters(pairs[:-2], pairs[-2], pairs[-1])
+        found = _fwd(*states, vector, lengths, *rest)
+        return NTMSequence(*(found if vector.dtype == dtype else (t.to(dtype) for t in found)))
+    unpacked = _parameters.together(parameters, flat, NTMParameters)
     return reference.run(ntm_step, input, memory, reads, weights, controller, unpacked, lstm, clip, lengths, **heads)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _parameters
 from ..ntm_step import reference
 
 __all__ = ["NTMParameters", "NTMSequence", "ntm_sequence", "run"]
@@ -19,9 +20,10 @@ class NTMParameters(NamedTuple):
     gates come in the order input, forget, output, candidate; K for tanh layers.
     """
 
-    layers: Sequence[tuple[Tensor, Tensor]]
+    layers: Sequence[tuple[Tensor | tuple[Tensor, ...], Tensor]]
     """(weight [D, G], bias [G]) of each controller layer, multiplied from the right. The inputs D of an LSTM's first layer are
-    [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]; without gates they are [x_t, reads_{t-1}] and the layer below."""
+    [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]; without gates they are [x_t, reads_{t-1}] and the layer
+    below. A weight may come as a tuple of blocks of its rows."""
     interface: tuple[Tensor, Tensor]
     """(weight [I, K], bias [I]) of the projection to the interface vector, as of torch.nn.Linear."""
     output: tuple[Tensor, Tensor]
@@ -108,4 +110,5 @@ def ntm_sequence(
 ) -> NTMSequence:
     """Controller, memory and output layer over all time steps; see memcore.functional.ntm_sequence."""
     heads = {"read_heads": read_heads, "write_heads": write_heads, "shift_range": shift_range, "order": order}
+    parameters = _parameters.together(parameters, _parameters.tensors_of(parameters), NTMParameters)
     return run(reference.ntm_step, input, memory, reads, weights, controller, parameters, lstm, clip, lengths, **heads)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from .. import _checks
 
-__all__ = ["FeedForwardController", "LSTMController", "UserController", "make_controller"]
+__all__ = ["FeedForwardController", "LSTMController", "UserController", "for_batch", "make_controller"]
+
+
+def for_batch(t: Tensor, batch_size: int, dim: int = 0) -> Tensor:
+    """`t` for every element, along a new dimension. Of one element the gradient is a view, not a sum."""
+    if batch_size == 1:
+        return t.unsqueeze(dim)
+    return t.unsqueeze(dim).expand(*t.shape[:dim], batch_size, *t.shape[dim:])
 
 
 class LSTMController(nn.Module):
@@ -50,7 +57,13 @@ class LSTMController(nn.Module):
     def initial_state(self, batch_size: int) -> tuple[Tensor, ...]:
         if self.start is None:
             return (self.weight_input.new_zeros(batch_size, self.output_size),) * (2 * len(self.weights))
-        return self.start.unsqueeze(1).expand(-1, batch_size, -1).unbind(0)
+        return self.first_state(batch_size).unbind(0)
+
+    def first_state(self, batch_size: int) -> Tensor:
+        """`initial_state` as one tensor [2 layers, B, K]."""
+        if self.start is None:
+            return self.weight_input.new_zeros(2 * len(self.weights), batch_size, self.output_size)
+        return for_batch(self.start, batch_size, 1)
 
     def sizes(self, batch_size: int) -> list[tuple[int, ...]]:
         return [(batch_size, self.output_size)] * (2 * len(self.weights))
@@ -58,10 +71,10 @@ class LSTMController(nn.Module):
     def hoist(self, x: Tensor) -> Tensor:
         return x @ self.weight_input + self.biases[0]
 
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, bias) of each layer as `memcore.functional.ntm_sequence` takes them."""
-        weights = [torch.cat((self.weight_input, self.weights[0])), *self.weights[1:]]
-        return list(zip(weights, self.biases))
+    def layers(self) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+        """(weight as blocks of rows, bias) of each layer as `memcore.functional.ntm_sequence` takes them."""
+        first, *others = self.weights
+        return list(zip([(self.weight_input, first), *((w,) for w in others)], self.biases))
 
     def step(self, x: Tensor, feedback: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         below, after = feedback, []
@@ -104,10 +117,13 @@ class FeedForwardController(nn.Module):
     def hoist(self, x: Tensor) -> Tensor:
         return self.first(x)
 
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, bias) of each layer as `memcore.functional.ntm_sequence` takes them."""
-        first = torch.cat((self.first.weight.t(), self.weight_feedback))
-        return [(first, self.first.bias), *((layer.weight.t(), layer.bias) for layer in self.rest)]
+    def first_state(self, batch_size: int) -> Tensor:
+        return self.weight_feedback.new_empty(0, batch_size, self.output_size)
+
+    def layers(self) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+        """(weight as blocks of rows, bias) of each layer as `memcore.functional.ntm_sequence` takes them."""
+        first = self.first.weight.t(), self.weight_feedback
+        return [(first, self.first.bias), *(((layer.weight.t(),), layer.bias) for layer in self.rest)]
 
     def step(self, x: Tensor, feedback: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
         h = torch.tanh(torch.addmm(x, feedback, self.weight_feedback))

@@ -105,7 +105,8 @@ class MemoryCell(nn.Module):
         return (features, state) if batched else (features[0], map_state(lambda t: t[0], state))
 
     def sequence(self, x: Tensor, state: Any, lengths: list[int] | None, output: nn.Linear) -> tuple[Tensor, Any] | None:
-        """All steps and the output layer in one operator: (output [T,B,O], state). None: there is none, go step by step."""
+        """All steps and the output layer in one operator, from `state` or (None) the model's own: (output [T,B,O], state). None: there is none, go
+        step by step."""
         return None
 
     def enter(self, owner: str, state: Any, batch_size: int, batched: bool) -> Any:
@@ -155,6 +156,8 @@ class MemoryNetwork(nn.Module):
         whole = self.cell.sequence(x, state, lengths, self.output)
         if whole is not None:
             return self._leave(*whole, batched)
+        if state is None:
+            state = self.cell.initial_state(x.shape[1])
         if lengths is not None:
             shortest, longest = min(lengths, default=steps), max(lengths, default=steps)
             if shortest < steps:
@@ -195,6 +198,8 @@ class MemoryNetwork(nn.Module):
             [T,B,Hw,N], "add" [T,B,Hw,W]; of the NTM also "erase" [T,B,Hw,W], of the MANN "usage" [T,B,N].
         """
         x, state, batched = self._enter(input, state)
+        if state is None:
+            state = self.cell.initial_state(x.shape[1])
         hidden, rows = [], []
         for x_t in self.cell.controller.hoist(x).unbind(0):
             h, state, extra = self.cell.advance(x_t, state)
@@ -205,14 +210,14 @@ class MemoryNetwork(nn.Module):
         return traced if batched else {name: t.squeeze(1) for name, t in traced.items()}
 
     def _enter(self, input: Tensor, state: Any) -> tuple[Tensor, Any, bool]:
-        """Input as [T,B,X], the batched state, and whether the caller's had a batch."""
+        """Input as [T,B,X], the caller's state with a batch or None, and whether the input had one."""
         form = "B, T, X" if self.batch_first else "T, B, X"
         check_input(self._name, input, self.output.weight, self.cell.input_size, (form, "T, X"))
         batched = input.dim() == 3
         x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
         if len(x) == 0:
             raise ValueError(f"memcore.{self._name}: 'input' must have at least one time step, got shape {tuple(input.shape)}")
-        return x, self.cell.enter(self._name, state, x.shape[1], batched), batched
+        return x, None if state is None else self.cell.enter(self._name, state, x.shape[1], batched), batched
 
     def _project(self, hidden: list[Tensor], reads: list[Tensor]) -> Tensor:
         return self.output(torch.cat((torch.stack(hidden), torch.stack(reads).flatten(2)), 2))

@@ -95,6 +95,10 @@ class MANNCell(MemoryCell):
 
     def initial_state(self, batch_size: int) -> MANNState:
         """The state before the first step: memory 1e-6, read weights and usage one-hot on slot 0, the rest 0."""
+        return MANNState(*self._first(batch_size), self.controller.initial_state(batch_size))
+
+    def _first(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(memory, reads, read weights, usage) before the first step."""
         like = self.interface.weight
         memory = like.new_full((batch_size, self.memory_slots, self.slot_width), 1e-6)
         reads = like.new_zeros(batch_size, self.read_heads, self.slot_width)
@@ -102,7 +106,7 @@ class MANNCell(MemoryCell):
         read_weights[:, :, 0] = 1
         usage = like.new_zeros(batch_size, self.memory_slots)
         usage[:, 0] = 1
-        return MANNState(memory, reads, read_weights, usage, self.controller.initial_state(batch_size))
+        return memory, reads, read_weights, usage
 
     def sizes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         return {
@@ -129,18 +133,17 @@ class MANNCell(MemoryCell):
         return h, MANNState(memory, reads, read_weights, usage, controller), (write_weights, key if word is None else word)
 
     def sequence(
-        self, x: Tensor, state: MANNState, lengths: list[int] | None, output: nn.Linear
+        self, x: Tensor, state: MANNState | None, lengths: list[int] | None, output: nn.Linear
     ) -> tuple[Tensor, MANNState] | None:
         standard = self.slots == "one" and isinstance(self.controller, LSTMController)
         if not standard or torch.is_autocast_enabled(x.device.type) or not runs_whole(x.device):
             return None
+        first = self._first(x.shape[1]) if state is None else state[:4]
+        start = self.controller.first_state(x.shape[1]) if state is None else torch.stack(state.controller)
         found = F.mann_sequence(
             x,
-            state.memory,
-            state.reads,
-            state.read_weights,
-            state.usage,
-            torch.stack(state.controller),
+            *first,
+            start,
             F.MANNParameters(self.controller.layers(), (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
             decay=self.decay,
             strength=self.strength,

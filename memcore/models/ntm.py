@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import _checks
 from .. import functional as F
 from ..kernels.ntm_sequence.op import runs_whole
-from ._controllers import FeedForwardController, LSTMController, make_controller
+from ._controllers import FeedForwardController, LSTMController, for_batch, make_controller
 from ._recurrent import MemoryCell, MemoryNetwork, map_state, one_of
 
 __all__ = ["NTM", "NTMCell", "NTMState"]
@@ -137,23 +137,27 @@ class NTMCell(MemoryCell):
 
     def initial_state(self, batch_size: int) -> NTMState:
         """The state before the first step."""
+        return NTMState(*self._first(batch_size), self.controller.initial_state(batch_size))
+
+    def _first(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(memory, reads, weights) before the first step."""
         heads, like = self.read_heads + self.write_heads, self.interface.weight
         if self.first_memory is None:
             memory = like.new_full((batch_size, self.memory_slots, self.slot_width), 1e-6)
         else:
-            memory = self.first_memory.expand(batch_size, -1, -1)
+            memory = for_batch(self.first_memory, batch_size)
         if self.first_reads is None:
             reads = like.new_zeros(batch_size, 0, self.slot_width)
         else:
-            reads = self.first_reads.expand(batch_size, -1, -1)
+            reads = for_batch(self.first_reads, batch_size)
         if self.first_logits is not None:
-            weights = self.first_logits.softmax(1).expand(batch_size, -1, -1)
+            weights = for_batch(self.first_logits.softmax(1), batch_size)
         elif self.first_weighting == "uniform":
             weights = like.new_full((batch_size, heads, self.memory_slots), 1 / self.memory_slots)
         else:
             weights = like.new_zeros(batch_size, heads, self.memory_slots)
             weights[:, :, 0] = 1
-        return NTMState(memory, reads, weights, self.controller.initial_state(batch_size))
+        return memory, reads, weights
 
     def sizes(self, batch_size: int) -> dict[str, tuple[int, ...] | None]:
         heads = self.read_heads + self.write_heads
@@ -183,22 +187,23 @@ class NTMCell(MemoryCell):
         return h, NTMState(memory, reads, weights, controller), interface
 
     def sequence(
-        self, x: Tensor, state: NTMState, lengths: list[int] | None, output: nn.Linear
+        self, x: Tensor, state: NTMState | None, lengths: list[int] | None, output: nn.Linear
     ) -> tuple[Tensor, NTMState] | None:
-        lstm = isinstance(self.controller, LSTMController)
-        standard = lstm or isinstance(self.controller, FeedForwardController)
+        controller = self.controller
+        lstm = isinstance(controller, LSTMController)
+        standard = lstm or isinstance(controller, FeedForwardController)
         if not standard or torch.is_autocast_enabled(x.device.type):
             return None
-        units, layers = self.controller.output_size, self.controller.layers()
-        heads = self.read_heads, self.write_heads, self.shift_range
-        if not runs_whole(state.memory, self.input_size, units, output.out_features, lstm, len(layers), *heads):
+        memory, reads, weights = self._first(x.shape[1]) if state is None else state[:3]
+        layers, heads = controller.layers(), (self.read_heads, self.write_heads, self.shift_range)
+        if not runs_whole(memory, self.input_size, controller.output_size, output.out_features, lstm, len(layers), *heads):
             return None
-        start = torch.stack(state.controller) if lstm else x.new_empty(0, x.shape[1], self.controller.output_size)
+        start = torch.stack(state.controller) if lstm and state is not None else controller.first_state(x.shape[1])
         found = F.ntm_sequence(
             x,
-            state.memory,
-            state.reads,
-            state.weights,
+            memory,
+            reads,
+            weights,
             start,
             F.NTMParameters(layers, (self.interface.weight, self.interface.bias), (output.weight, output.bias)),
             read_heads=self.read_heads,
