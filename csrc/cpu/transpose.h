@@ -8,7 +8,7 @@
 namespace memcore {
 namespace MC_ISA {
 
-// Vectors a and b, whose lanes l with bit `s` set change places with lanes l ^ s of the other one.
+// The lanes of a with bit `s` change places with those of b without it.
 template <class C, int... l> MC_INLINE void exchange(Vec<C>& a, Vec<C>& b, int s, std::integer_sequence<int, l...>) {
   const IVec<C> low{((l & s) ? (int)sizeof...(l) + l - s : l)...}, high{((l & s) ? (int)sizeof...(l) + l : l + s)...};
 #if defined(__clang__)
