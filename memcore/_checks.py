@@ -21,8 +21,8 @@ def common(op: str, *named: tuple[str, Tensor | None]) -> list[Tensor | None]:
     first = named[0][1]
     if isinstance(first, Tensor) and first.dtype in _FLOATS:
         dtype, device = first.dtype, first.device
-        for _, t in named:
-            if t is not None and not (isinstance(t, Tensor) and t.dtype == dtype and t.device == device):
+        for _, t in named[1:]:
+            if t is not None and not (isinstance(t, Tensor) and t.dtype is dtype and t.device == device):
                 break
         else:
             return [t for _, t in named]
