@@ -462,7 +462,8 @@ template <class T> int64_t tiles_bwd(const TilesLaunch& t, void* stream) {
 
 // A memory larger than a block gets through in good time, whose vectors find room in shared memory.
 bool step_by_tiles(const StepArgs& a, bool backward) {
-  return (a.way == kAutomatic ? a.N * a.W > kWhole : a.way != kBlock) && a.R + a.Hw > 0 && tile_bytes(a, tile_rows(a.N, a.W), backward) <= mc_shared_limit(a.device);
+  const bool wanted = a.way == kAutomatic ? a.N * a.W > kWhole : a.way != kBlock;
+  return wanted && a.R + a.Hw > 0 && tile_bytes(a, tile_rows(a.N, a.W), backward) <= mc_shared_limit(a.device);
 }
 int64_t step_tiles_workspace(const StepArgs& a, bool backward) {
   return with_type(a.dtype, [&](auto t) { return tiles_workspace(tiles_launch<decltype(t)>(a, backward)); });

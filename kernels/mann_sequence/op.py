@@ -140,7 +140,7 @@ def mann_sequence(
         input: [T, B, X].
         memory: [B, N, W]; reads [B, R, W], read_weights [B, R, N], usage [B, N] and controller [2 layers, B, K] (h, c of each LSTM layer in turn):
             the state before the first step.
-        parameters: `MANNParameters`; a weight may be a tuple of blocks of its rows.
+        parameters: `MANNParameters`.
         decay: of the usage, a finite number.
         strength: of the read keys, a finite number; the paper has none, which is 1.
         zero: "least_used" zeroes the one least-used slot before the write, None does not.

@@ -19,16 +19,17 @@ __all__ = ["MANNParameters", "MANNSequence", "Operators", "mann_sequence", "run"
 class MANNParameters(NamedTuple):
     """Weights and biases of a MANN with an LSTM controller.
 
-    X inputs, K units of a controller layer, O outputs, F = R * W for R heads, I = F + R, or 2F + R with add="separate".
+    X inputs, K units of a controller layer, O outputs, F = R * W for R heads, I = F + R, or 2F + R with add="separate". Any weight
+    may come as a tuple of blocks of its rows, one below the other.
     """
 
     layers: Sequence[tuple[Tensor | tuple[Tensor, ...], Tensor]]
     """(weight [D, 4K], bias [4K]) of each LSTM layer, multiplied from the right; gates in the order input, forget, output, candidate. The inputs
-    D of the first layer are [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]. A weight may come as a tuple of blocks of its rows."""
-    interface: tuple[Tensor, Tensor]
+    D of the first layer are [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]."""
+    interface: tuple[Tensor | tuple[Tensor, ...], Tensor]
     """(weight [I, K], bias [I]) of the projection to every head's key, with add="separate" every head's word, and every head's gate, as of
     torch.nn.Linear."""
-    output: tuple[Tensor, Tensor]
+    output: tuple[Tensor | tuple[Tensor, ...], Tensor]
     """(weight [O, K + F], bias [O]) of the projection of [h_t, reads_t] to the outputs, as of torch.nn.Linear."""
 
 

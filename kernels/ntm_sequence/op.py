@@ -154,7 +154,7 @@ def ntm_sequence(
         input: [T, B, X].
         memory: [B, N, W]; reads [B, R, W], weights [B, H, N] (read heads first) and controller [2 layers, B, K] (h, c of each LSTM layer in
             turn; [0, B, K] without gates): the state before the first step.
-        parameters: `NTMParameters`; a weight may be a tuple of blocks of its rows.
+        parameters: `NTMParameters`.
         read_heads, write_heads: either may be 0, not both.
         shift_range: R; 2R + 1 shifts are allowed.
         order: "write_read" reads after the write (the paper's M_t), "read_write" before it.

@@ -17,16 +17,16 @@ class NTMParameters(NamedTuple):
     """Weights and biases of an NTM with a standard controller.
 
     X inputs, K units of a controller layer, O outputs, F = read_heads * W, I the size of the interface vector. G = 4K for an LSTM, whose
-    gates come in the order input, forget, output, candidate; K for tanh layers.
+    gates come in the order input, forget, output, candidate; K for tanh layers. Any weight may come as a tuple of blocks of its rows, one below
+    the other.
     """
 
     layers: Sequence[tuple[Tensor | tuple[Tensor, ...], Tensor]]
     """(weight [D, G], bias [G]) of each controller layer, multiplied from the right. The inputs D of an LSTM's first layer are
-    [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]; without gates they are [x_t, reads_{t-1}] and the layer
-    below. A weight may come as a tuple of blocks of its rows."""
-    interface: tuple[Tensor, Tensor]
+    [x_t, h_{t-1}, reads_{t-1}], of the next [h_{t-1}, h_t of the layer below]; without gates they are [x_t, reads_{t-1}] and the layer below."""
+    interface: tuple[Tensor | tuple[Tensor, ...], Tensor]
     """(weight [I, K], bias [I]) of the projection to the interface vector, as of torch.nn.Linear."""
-    output: tuple[Tensor, Tensor]
+    output: tuple[Tensor | tuple[Tensor, ...], Tensor]
     """(weight [O, K + F], bias [O]) of the projection of [h_t, reads_t] to the outputs, as of torch.nn.Linear."""
 
 
