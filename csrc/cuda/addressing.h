@@ -86,18 +86,24 @@ template <class Get, class Use, class Put> __device__ inline Scores score(Team& 
   return {extreme, sum == 0 ? 0 : 1 / sum};
 }
 
-// Gradient g(n) of the weights w(n) = e(n) inverse in, of the similarity out: put(n, dsim, dsim * sim). Returns the strength's gradient.
+// The sum of w(n) g(n), on all of the team's threads.
+template <class W, class G> __device__ inline float inner_product(Team& team, int count, W w, G g) {
+  Sum sum;
+  for (int n = team.rank; n < count; n += team.threads) sum.add(w(n) * g(n));
+  return team.sum(sum.total);
+}
+
+// Gradient g(n) of the weights w(n) = e(n) inverse in, whose inner product with them is `mean`, of the similarity out: put(n, dsim, dsim * sim).
+// Returns the thread's part of the strength's gradient.
 template <class W, class G, class Get, class Put>
-__device__ inline float score_backward(Team& team, int count, float beta, float extreme, W w, G g, Get sim, Put put) {
-  Sum inner, strength;
-  for (int n = team.rank; n < count; n += team.threads) inner.add(w(n) * g(n));
-  const float mean = team.sum(inner.total);
+__device__ inline float score_backward(Team& team, int count, float beta, float extreme, float mean, W w, G g, Get sim, Put put) {
+  Sum strength;
   for (int n = team.rank; n < count; n += team.threads) {
     const float x = w(n), t = x == 0 ? 0 : x * (g(n) - mean), s = sim(n);
     if (t != 0) strength.add(t * (s - extreme));
     put(n, t == 0 ? 0 : t * beta, t == 0 ? 0 : t * beta * s);
   }
-  return team.sum(strength.total);
+  return strength.total;
 }
 
 // ---- the similarity's backward ----
@@ -125,32 +131,36 @@ __device__ inline float key_coefficient(const Similarity& s, int h, float total)
   return s.cosine && s.ik[h] < 1 / kEps ? total * s.ik[h] * s.ik[h] : 0;
 }
 
-// The pass over the rows. base(n, w) is what the memory's gradient starts from; dmemory(n, w, x) and dkey(h, w, x) take results.
-// scratch: 8 * kThreads floats.
+// The pass over the rows. span: of all arrays of rows; base(span) gives what gives, for a row n, the numbers that the memory's gradient starts from; dmemory(span, n, x) and
+// dkey(h, w, x) take results. scratch: 8 * kThreads floats.
 template <int HC, class T, class Base, class PutM, class PutK>
 __device__ inline void similarity_rows_of(
-    const Similarity& s, const T* rows, const float* d, const float* key_own, float* scratch, Base base, PutM dmemory, PutK dkey) {
-  const Columns cols(s.W);
-  for (int w0 = 0; w0 < s.W; w0 += cols.lanes) {
-    const int w = w0 + cols.lane;
+    Span span, const Similarity& s, const T* rows, const float* d, const float* key_own, float* scratch, Base base, PutM dmemory, PutK dkey) {
+  for (; span.w0 < s.W; span.w0 += span.width()) {
+    const auto start = base(span);
+    Numbers near[HC];  // keys
+#pragma unroll
+    for (int j = 0; j < HC; j++) near[j] = j < s.H ? span.load(s.key + j * s.W) : Numbers{};
     for (int h0 = 0; h0 == 0 || h0 < s.H; h0 += HC) {
-      float acc[HC];
+      Numbers acc[HC] = {};
+#pragma unroll 1
+      for (int first = span.first(); first < s.N; first += span.step) {
+        const int n = span.row(first);
+        if (n >= s.N) continue;
+        const Numbers m = s.usable(n) ? span.load(rows + (int64_t)n * s.W) : Numbers{};
+        Numbers x = h0 == 0 ? start(n) : Numbers{};
 #pragma unroll
-      for (int j = 0; j < HC; j++) acc[j] = 0;
-#pragma unroll 4
-      for (int first = cols.first(); first < s.N; first += cols.step) {
-        const int n = cols.row(first);
-        if (n >= s.N || w >= s.W) continue;
-        const float m = s.usable(n) ? wide(rows[(int64_t)n * s.W + w]) : 0;
-#pragma unroll
-        for (int j = 0; j < HC; j++)
-          if (h0 + j < s.H) acc[j] += d[(int64_t)(h0 + j) * s.N + n] * m;
+        for (int j = 0; j < HC; j++) {
+          const float c = h0 + j < s.H ? d[(h0 + j) * s.N + n] : 0;
+          add_to(acc[j], c, m);
+          add_to(x, c, near[j]);
+        }
         if (h0 > 0) continue;
-        float v = base(n, w);
-        for (int h = 0; h < s.H; h++) v += d[(int64_t)h * s.N + n] * s.key[(int64_t)h * s.W + w];
-        dmemory(n, w, s.cosine ? v - s.im[n] * m : v);
+        for (int h = HC; h < s.H; h++) add_to(x, d[h * s.N + n], span.load(s.key + h * s.W));
+        if (s.cosine) add_to(x, -s.im[n], m);
+        dmemory(span, n, x);
       }
-      cols.sum(acc, least(HC, s.H - h0), w0, s.W, scratch, [&](int j, int at, float x) {
+      span.sum(acc, least(HC, s.H - h0), scratch, [&](int j, int at, float x) {
         const int h = h0 + j;
         dkey(h, at, s.cosine && key_own[h] != 0 ? x - key_own[h] * s.key[(int64_t)h * s.W + at] : x);
       });
@@ -159,9 +169,9 @@ __device__ inline void similarity_rows_of(
 }
 template <class T, class Base, class PutM, class PutK>
 __device__ inline void similarity_rows(
-    const Similarity& s, const T* rows, const float* d, const float* key_own, float* scratch, Base base, PutM dmemory, PutK dkey) {
-  if (s.H <= 2) similarity_rows_of<2>(s, rows, d, key_own, scratch, base, dmemory, dkey);
-  else similarity_rows_of<8>(s, rows, d, key_own, scratch, base, dmemory, dkey);
+    const Span& span, const Similarity& s, const T* rows, const float* d, const float* key_own, float* scratch, Base base, PutM dmemory, PutK dkey) {
+  if (s.H <= 2) similarity_rows_of<2>(span, s, rows, d, key_own, scratch, base, dmemory, dkey);
+  else similarity_rows_of<5>(span, s, rows, d, key_own, scratch, base, dmemory, dkey);
 }
 
 // ---- circular shift ----
@@ -185,11 +195,14 @@ template <class Taps> __device__ inline float shift_backward(const float* d, Tap
   for (int j = 0; j < S; j++, i = i + 1 == N ? 0 : i + 1) v += s[j] * d[i];
   return v;
 }
-// Gradient of s[j]: sum over n of d[n] x[(n + R - j) mod N].
-__device__ inline float shift_backward_tap(Team& team, int count, const float* d, const float* x, int S, int N, int j) {
-  Sum total;
-  for (int n = team.rank; n < count; n += team.threads) total.add(d[n] * x[wrapped(n + S / 2 - j, N)]);
-  return team.sum(total.total);
+// Gradients of s[j0] to s[j0 + 3], those there are: sum over n of d[n] x[(n + R - j) mod N]. Returns the thread's parts.
+__device__ inline Numbers shift_backward_taps(const Team& team, int count, const float* d, const float* x, int S, int N, int j0) {
+  Sum totals[kSpan];
+  for (int n = team.rank; n < count; n += team.threads)
+#pragma unroll
+    for (int j = 0; j < kSpan; j++)
+      if (j0 + j < S) totals[j].add(d[n] * x[wrapped(n + S / 2 - j0 - j, N)]);
+  return {{totals[0].total, totals[1].total, totals[2].total, totals[3].total}};
 }
 
 // ---- sharpening ----
@@ -215,18 +228,17 @@ template <class Get, class Put> __device__ inline Scores sharpen(Team& team, int
   return {extreme, gamma != gamma ? gamma : sum == 0 ? 0 : 1 / sum};
 }
 
-// Gradient g(n) of the sharpened weights p(n) in, of the weights w(n) out by put(n, x). Returns gamma's gradient.
+// Gradient g(n) of the sharpened weights p(n) in, of the weights w(n) out by put(n, x). Returns the thread's part of gamma's gradient.
 template <class P, class G, class W, class Put>
 __device__ inline float sharpen_backward(Team& team, int count, float gamma, float extreme, P p, G g, W w, Put put) {
-  Sum inner, exponent;
-  for (int n = team.rank; n < count; n += team.threads) inner.add(p(n) * g(n));
-  const float mean = team.sum(inner.total);
+  const float mean = inner_product(team, count, p, g);
+  Sum exponent;
   for (int n = team.rank; n < count; n += team.threads) {
     const float x = p(n), t = x == 0 ? 0 : x * (g(n) - mean), v = w(n);
     if (t != 0) exponent.add(t * logf(v / extreme));
     put(n, t == 0 ? 0 : gamma * t / v);
   }
-  return team.sum(exponent.total);
+  return exponent.total;
 }
 
 // ---- a head's whole way: similarities to weights ----
@@ -299,33 +311,45 @@ template <class T> struct Heads {
       float *x = gated + row, *y = shifted + row, *w = weights + row, *dw = d + row;
       const float* taps = shift + at * S;
       const float g = gate[at], b = beta[at], extreme = content[at].extreme, inverse = content[at].inverse;
-      const float dgamma = sharpen_backward(
+      float sums[8];  // the gradients of gamma, gate and strength, what the key's own coefficient is made of, and four of the taps
+      sums[0] = sharpen_backward(
           team, count, gamma[at], sharp[at].extreme, [&](int n) { return w[n]; }, [&](int n) { return dw[n]; },
           [&](int n) { return y[n]; }, [&](int n, float v) { dw[n] = v; });
       team.sync();
-      for (int j = 0; j < S; j++) {
-        const float v = shift_backward_tap(team, count, dw, x, S, s.N, j);
-        if (h < s.H && team.rank == 0) dshift[h * S + j] = v;
+      const auto of_taps = [&](int j0) { return shift_backward_taps(team, count, dw, x, S, s.N, j0); };
+      const auto put_taps = [&](int j0, const float* totals) {
+        for (int j = 0; j < least(S - j0, kSpan); j++) dshift[h * S + j0 + j] = totals[j];
+      };
+      const bool first = h < s.H && team.rank == 0;
+      for (int j0 = kSpan; j0 < S; j0 += kSpan) {
+        Numbers tap = of_taps(j0);
+        const float* totals = team.sums(tap.v, scratch);
+        if (first) put_taps(j0, totals);
       }
+      const Numbers tap = of_taps(0);
+#pragma unroll
+      for (int j = 0; j < kSpan; j++) sums[4 + j] = tap.v[j];
       for (int n = team.rank; n < count; n += team.threads) y[n] = shift_backward(dw, taps, S, s.N, n);
       team.sync();  // dw and x are read by neighbours no more
       const auto sim = [&](int n) { return s.at(h, n); };
-      Sum dgate;
+      Sum dgate, inner, own;
       for (int n = team.rank; n < count; n += team.threads) {
         const float v = y[n], c = expf(b * (sim(n) - extreme)) * inverse;
         dgate.add(v * (c - wide(previous[row + n])));
         dprevious[row + n] = narrow<T>((1 - g) * v);
         x[n] = c, y[n] = g * v;
+        inner.add(c * (g * v));
       }
-      const float dg = team.sum(dgate.total);
-      Sum own;
-      const float db = score_backward(
-          team, count, b, extreme, [&](int n) { return x[n]; }, [&](int n) { return y[n]; }, sim,
+      sums[1] = dgate.total;
+      sums[2] = score_backward(
+          team, count, b, extreme, team.sum(inner.total), [&](int n) { return x[n]; }, [&](int n) { return y[n]; }, sim,
           [&](int n, float v, float z) { dw[n] = v, own.add(z); });
-      const float total = team.sum(own.total);
-      if (h < s.H && team.rank == 0) {
-        key_own[h] = key_coefficient(s, h, total);
-        parameters(h, db, dg, dgamma);
+      sums[3] = own.total;
+      const float* totals = team.sums(sums, scratch);
+      if (first) {
+        key_own[h] = key_coefficient(s, h, totals[3]);
+        put_taps(0, totals + 4);
+        parameters(h, totals[2], totals[1], totals[0]);
       }
     }
     __syncthreads();

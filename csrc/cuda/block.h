@@ -117,6 +117,35 @@ __device__ inline float group_sum(float v, int lanes) {
   return v;
 }
 
+// The sums over a group's lanes of K numbers (a power of two), shared out among its threads: put(k, sum of v[k]) on one thread for each k. At every
+// step a thread gives one half of its numbers away and goes on with the other.
+template <int K, class Put> __device__ inline void group_sums(float (&v)[K], int lanes, Put put) {
+  const int lane = threadIdx.x & (lanes - 1);
+  int x = lanes, mine = 0, held = K;
+#pragma unroll
+  for (int half = K / 2; half; half /= 2)
+    if (x > 1) {
+      x /= 2;
+      const bool upper = (lane & x) != 0;
+#pragma unroll
+      for (int k = 0; k < half; k++) {
+        const float given = upper ? v[k] : v[k + half];
+        v[k] = (upper ? v[k + half] : v[k]) + __shfl_xor_sync(kFull, given, x);
+      }
+      mine += upper ? half : 0, held = half;
+    }
+  const bool owner = (lane & (x - 1)) == 0;
+  while (x > 1) {
+    x /= 2;
+    v[0] += __shfl_xor_sync(kFull, v[0], x);
+  }
+  if (!owner) return;
+  put(mine, v[0]);
+#pragma unroll
+  for (int k = 1; k < K; k++)
+    if (k < held) put(mine + k, v[k]);
+}
+
 // The block's warps shared out among H heads: one head or more at a time, each with 1, 2, 4 or 8 warps. Loops over heads are
 //   for (int h0 = 0; h0 < H; h0 += team.count) { const int h = h0 + team.index; ... }
 // and a team without a head (h >= H) goes along, because the barriers are the block's.
@@ -124,6 +153,7 @@ struct Team {
   int count, index, warps, threads, rank;
   float* slots;  // 2 * kWarps floats: reductions in a row take turns, so that one barrier each is enough
   int turn = 0;
+  static constexpr int kSums = 8;
 
   __device__ Team(int64_t H, float* slots) : slots(slots) {
     count = H <= 1 ? 1 : H <= 2 ? 2 : H <= 4 ? 4 : 8;
@@ -149,13 +179,28 @@ struct Team {
   __device__ float sum(float v) {
     return reduce(v, [](float a, float b) { return a + b; });
   }
+  // The sums of K numbers (a power of two, up to kSums) lie where the result points to, visible to the team until its next sums. Teams have places
+  // of their own in `room`: 2 * kSums * kWarps floats.
+  template <int K> __device__ const float* sums(float (&v)[K], float* room) const {
+    static_assert(K <= kSums, "");
+    float *mine = room + index * warps * kSums, *totals = room + (kWarps + index) * kSums;
+    group_sums(v, 32, [&](int k, float x) { mine[(rank >> 5) * K + k] = x; });
+    sync();
+    if (rank < K) {
+      float total = mine[rank];
+      for (int i = 1; i < warps; i++) total += mine[i * K + rank];
+      totals[rank] = total;
+    }
+    sync();
+    return totals;
+  }
   __device__ float max(float v) {  // NaN is passed over
     return reduce(v, [](float a, float b) { return fmaxf(a, b); });
   }
 };
 constexpr int kSlots = 2 * kWarps;
 
-// ---- rows times vectors ----
+// ---- a thread's columns ----
 
 // Lanes to a row: about four elements each.
 __host__ __device__ inline int dot_lanes(int W) {
@@ -164,46 +209,145 @@ __host__ __device__ inline int dot_lanes(int W) {
   return lanes;
 }
 
+constexpr int kSpan = 4;
+template <class X> struct alignas(kSpan * sizeof(X)) Packed {
+  X v[kSpan];
+};
+using Numbers = Packed<float>;
+__device__ inline void add_to(Numbers& sum, float c, const Numbers& x) {
+#pragma unroll
+  for (int j = 0; j < kSpan; j++) sum.v[j] += c * x.v[j];
+}
+__device__ inline float dot(const Numbers& x, const Numbers& y) {
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < kSpan; j++) sum += x.v[j] * y.v[j];
+  return sum;
+}
+
+// Rows are taken by groups in turn, up to 128 columns at a time (from w0 on), four neighbours to a thread. What it needs of vectors over the columns
+// it loads once and keeps in registers.
+struct Span {
+  int W, lanes, lane, step, w0 = 0;
+  bool whole;  // rows are whole fours, each in one access
+
+  // Of rows of width W in these arrays.
+  template <class... X> __device__ explicit Span(int W, const X*... arrays) : W(W), lanes(dot_lanes(W)) {
+    lane = threadIdx.x & (lanes - 1), step = kThreads / lanes;
+    whole = W % kSpan == 0 && (true && ... && ((uintptr_t)arrays % sizeof(Packed<X>) == 0));
+  }
+  __device__ int first() const { return (int)(threadIdx.x & ~31u) / lanes; }  // the warp's first row
+  __device__ int row(int first) const { return first + (int)(threadIdx.x & 31) / lanes; }
+  __device__ int width() const { return kSpan * lanes; }
+  __device__ int at() const { return w0 + kSpan * lane; }
+
+  // A row's or vector's numbers, 0 beyond its end.
+  template <class X> __device__ Numbers load(const X* from) const {
+    Numbers x{};
+    if (whole) {
+      if (at() < W) {
+        const Packed<X> four = *(const Packed<X>*)(from + at());
+#pragma unroll
+        for (int j = 0; j < kSpan; j++) x.v[j] = wide(four.v[j]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSpan; j++)
+        if (at() + j < W) x.v[j] = wide(from[at() + j]);
+    }
+    return x;
+  }
+  template <class X> __device__ void store(X* to, const Numbers& x) const {
+    if (whole) {
+      Packed<X> four;
+#pragma unroll
+      for (int j = 0; j < kSpan; j++) four.v[j] = narrow<X>(x.v[j]);
+      if (at() < W) *(Packed<X>*)(to + at()) = four;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSpan; j++)
+        if (at() + j < W) to[at() + j] = narrow<X>(x.v[j]);
+    }
+  }
+
+  // put(k, w, sum of acc[k] over all groups) on one thread for each k < count and column w. scratch: 8 * kThreads floats, free again after the
+  // barrier at the start of the next call.
+  template <int K, class Put> __device__ void sum(Numbers (&acc)[K], int count, float* scratch, Put put) const {
+    const int columns = width(), most = 8 * kThreads / (kWarps * columns);  // sums at a time
+#pragma unroll
+    for (int k = 0; k < K; k++)
+      for (int x = lanes; x < 32; x <<= 1)
+#pragma unroll
+        for (int j = 0; j < kSpan; j++) acc[k].v[j] += __shfl_xor_sync(kFull, acc[k].v[j], x);
+    for (int k0 = 0; k0 < count; k0 += most) {
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < K; k++)
+        if (k >= k0 && k < least(count, k0 + most) && (threadIdx.x & 31) < lanes)
+          *(Numbers*)(scratch + ((k - k0) * kWarps + (threadIdx.x >> 5)) * columns + kSpan * lane) = acc[k];
+      __syncthreads();
+      for (int i = threadIdx.x; i < least(most, count - k0) * columns; i += kThreads) {
+        const int k = i / columns, w = i & (columns - 1);
+        if (w0 + w >= W) continue;
+        float total = 0;
+        for (int g = 0; g < kWarps; g++) total += scratch[(k * kWarps + g) * columns + w];
+        put(k0 + k, w0 + w, total);
+      }
+    }
+  }
+};
+
+// Tiles of as many rows as a block has groups.
+inline __host__ __device__ int64_t span_tiles(int64_t N, int64_t W) {
+  const int64_t rows = kThreads / dot_lanes((int)W);
+  return (N + rows - 1) / rows;
+}
+
+// ---- rows times vectors ----
+
 // put(h, n, row_n . vec_h) and own(n, |row_n|^2) for all rows; every row sums in the same order, so identical rows give identical
 // bits. HC heads share one look at a row.
 template <int HC, class T, class Put, class Own>
 __device__ inline void dots_of(const T* rows, int N, int W, const float* vec, int H, bool norms, Put put, Own own) {
-  const int lanes = dot_lanes(W), lane = threadIdx.x & (lanes - 1), step = kThreads / lanes;
-  // The loop's bounds are the warp's, because all of it takes part in the sums.
-#pragma unroll 2
-  for (int first = (threadIdx.x & ~31u) / lanes; first < N; first += step) {
-    const int n = first + (threadIdx.x & 31) / lanes;
-    const T* row = rows + (int64_t)n * W;
-    for (int h0 = 0; h0 < H; h0 += HC) {
-      float acc[HC], square = 0;
+  const Span span(W, rows, vec);
+  const bool once = W <= span.width();
+  for (int h0 = 0; h0 < H; h0 += HC) {
+    const int count = least(HC, H - h0);
+    Numbers kept[HC];
 #pragma unroll
-      for (int j = 0; j < HC; j++) acc[j] = 0;
-      if (n < N)
-#pragma unroll 4
-        for (int w = lane; w < W; w += lanes) {
-          const float m = wide(row[w]);
-          square += m * m;
+    for (int j = 0; j < HC; j++) kept[j] = once && j < count ? span.load(vec + (h0 + j) * W) : Numbers{};
+    // The loop's bounds are the warp's, because all of it takes part in the sums.
+#pragma unroll 2
+    for (int first = span.first(); first < N; first += span.step) {
+      const int n = span.row(first);
+      const T* row = rows + (int64_t)least(n, N - 1) * W;
+      float sums[HC + 1] = {};  // the last: of squares
+      if (once) {
+        const Numbers m = span.load(row);
+#pragma unroll
+        for (int j = 0; j < HC; j++) sums[j] = dot(m, kept[j]);
+        sums[HC] = dot(m, m);
+      } else {
+        for (Span part = span; part.w0 < W; part.w0 += part.width()) {
+          const Numbers m = part.load(row);
 #pragma unroll
           for (int j = 0; j < HC; j++)
-            if (h0 + j < H) acc[j] += m * vec[(int64_t)(h0 + j) * W + w];
+            if (j < count) sums[j] += dot(m, part.load(vec + (h0 + j) * W));
+          sums[HC] += dot(m, m);
         }
-#pragma unroll
-      for (int j = 0; j < HC; j++)
-        if (h0 + j < H) {
-          acc[j] = group_sum(acc[j], lanes);
-          if (lane == 0 && n < N) put(h0 + j, n, acc[j]);
-        }
-      if (norms && h0 == 0) {
-        square = group_sum(square, lanes);
-        if (lane == 0 && n < N) own(n, square);
       }
+      group_sums(sums, span.lanes, [&](int j, float x) {
+        if (n >= N) return;
+        if (j < count) put(h0 + j, n, x);
+        if (j == HC && norms && h0 == 0) own(n, x);
+      });
     }
   }
 }
 template <class T, class Put, class Own>
 __device__ inline void dots(const T* rows, int N, int W, const float* vec, int H, bool norms, Put put, Own own) {
-  if (H <= 2) dots_of<2>(rows, N, W, vec, H, norms, put, own);
-  else dots_of<8>(rows, N, W, vec, H, norms, put, own);
+  if (H <= 3) dots_of<3>(rows, N, W, vec, H, norms, put, own);
+  else dots_of<7>(rows, N, W, vec, H, norms, put, own);
 }
 
 // ---- sums down the columns ----

@@ -37,9 +37,14 @@ template <class T, bool SPILL> MC_KERNEL circular_shift_bwd_kernel(WeightLaunch 
   b.team.sync();
   const Taps<T> taps{(const T*)a.parameter + b.row * S};
   for (int n = b.team.rank; n < b.count; n += b.team.threads) ((T*)a.dfirst)[at + n] = narrow<T>(shift_backward(d, taps, S, N, n));
-  for (int j = 0; j < S; j++) {
-    const float v = shift_backward_tap(b.team, b.count, d, x, S, N, j);
-    if (b.team.rank == 0 && b.row < a.rows) ((T*)a.dparameter)[b.row * S + j] = narrow<T>(v);
+  for (int j0 = 0; j0 < S; j0 += kSpan) {
+    const Numbers taps = shift_backward_taps(b.team, b.count, d, x, S, N, j0);
+#pragma unroll
+    for (int j = 0; j < kSpan; j++) {
+      if (j0 + j >= S) break;
+      const float v = b.team.sum(taps.v[j]);
+      if (b.team.rank == 0 && b.row < a.rows) ((T*)a.dparameter)[b.row * S + j0 + j] = narrow<T>(v);
+    }
   }
 }
 

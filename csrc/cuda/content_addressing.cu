@@ -86,9 +86,11 @@ template <class T, bool SPILL> MC_KERNEL content_addressing_bwd_kernel(ContentLa
     const auto sim = [&](int n) { return s.at(h, n); };
     const Scores e = score(team, count, beta, sim, [&](int n) { return s.usable(n); }, [&](int n, float x) { d[n] = x; });
     Sum own;
-    const float dstrength = score_backward(
-        team, count, beta, e.extreme, [&](int n) { return d[n] * e.inverse; }, [&](int n) { return wide(grad[n]); }, sim,
-        [&](int n, float x, float y) { d[n] = x, own.add(y); });
+    const auto weight = [&](int n) { return d[n] * e.inverse; };
+    const auto given = [&](int n) { return wide(grad[n]); };
+    const float dstrength = team.sum(score_backward(
+        team, count, beta, e.extreme, inner_product(team, count, weight, given), weight, given, sim,
+        [&](int n, float x, float y) { d[n] = x, own.add(y); }));
     const float total = team.sum(own.total);
     if (h < s.H && team.rank == 0) {
       block.key_own[h] = key_coefficient(s, h, total);
@@ -101,9 +103,9 @@ template <class T, bool SPILL> MC_KERNEL content_addressing_bwd_kernel(ContentLa
   T* dmemory = (T*)a.dmemory + b * a.N * a.W;
   const bool own = launch.d == nullptr;  // the memory is the element's own
   similarity_rows(
-      s, rows, block.d, block.key_own, block.scratch, [](int, int) { return 0.f; },
-      [&](int n, int w, float x) {
-        if (own) dmemory[(int64_t)n * s.W + w] = narrow<T>(x);
+      Span(s.W, rows, dmemory), s, rows, block.d, block.key_own, block.scratch, [](const Span&) { return [](int) { return Numbers{}; }; },
+      [&](const Span& span, int n, const Numbers& x) {
+        if (own) span.store(dmemory + (int64_t)n * s.W, x);
       },
       [&](int h, int w, float x) { dkey[(int64_t)h * s.W + w] = narrow<T>(x); });
   if (own) return;

@@ -14,21 +14,20 @@ struct EraseAddLaunch {
 
 template <class T> MC_KERNEL erase_add_write_fwd_kernel(EraseAddLaunch launch) {
   const EraseAddArgs& a = launch.a;
-  const Columns cols((int)a.W);
-  const int64_t tiles = (a.N + cols.step - 1) / cols.step, b = blockIdx.x / tiles;
-  const int64_t n = blockIdx.x % tiles * cols.step + threadIdx.x / cols.lanes;
+  const T *memory = (const T*)a.memory, *all_erase = (const T*)a.erase, *all_add = (const T*)a.add;
+  Span span((int)a.W, memory, (const T*)a.written, all_erase, all_add);
+  const int64_t tiles = span_tiles(a.N, a.W), b = blockIdx.x / tiles, n = blockIdx.x % tiles * span.step + span.row(span.first());
   if (n >= a.N) return;
-  const T *weights = (const T*)a.weights + b * a.H * a.N, *erase = (const T*)a.erase + b * a.H * a.W, *add = (const T*)a.add + b * a.H * a.W;
-  const T* from = (const T*)a.memory + (b * a.N + n) * a.W;
-  T* to = (T*)a.written + (b * a.N + n) * a.W;
-  for (int64_t w = cols.lane; w < a.W; w += cols.lanes) {
-    float m = wide(from[w]), v = 0;
+  const T *weights = (const T*)a.weights + b * a.H * a.N + n, *erase = all_erase + b * a.H * a.W, *add = all_add + b * a.H * a.W;
+  for (; span.w0 < a.W; span.w0 += span.width()) {
+    Numbers x = span.load(memory + (b * a.N + n) * a.W), added{};
     for (int64_t h = 0; h < a.H; h++) {
-      const float c = wide(weights[h * a.N + n]);
-      m *= 1 - c * wide(erase[h * a.W + w]);
-      v += c * wide(add[h * a.W + w]);
+      const float c = wide(weights[h * a.N]);
+      erase_from(x, c, span.load(erase + h * a.W));
+      add_to(added, c, span.load(add + h * a.W));
     }
-    to[w] = narrow<T>(m + v);
+    add_to(x, 1, added);
+    span.store((T*)a.written + (b * a.N + n) * a.W, x);
   }
 }
 
@@ -54,17 +53,17 @@ template <class T, bool SPILL> MC_KERNEL erase_add_write_bwd_kernel(EraseAddLaun
   for (int64_t i = threadIdx.x; i < n; i += kThreads) block.dweights[i] = 0;
   __syncthreads();
   const Writes writes{(int)a.N, (int)a.W, (int)a.H, 0, block.erase, block.add, block.weights, nullptr};
-  const T* grad = (const T*)a.grad + b * a.N * a.W;
+  const T *memory = (const T*)a.memory + b * a.N * a.W, *grad = (const T*)a.grad + b * a.N * a.W;
   T *dmemory = (T*)a.dmemory + b * a.N * a.W, *derase = (T*)a.derase + b * a.H * a.W, *dadd = (T*)a.dadd + b * a.H * a.W;
   write_read_backward<true>(
-      writes, (const T*)a.memory + b * a.N * a.W, nullptr, false, block.dweights, nullptr, block.scratch,
-      [&](int n, int w) { return wide(grad[n * a.W + w]); }, [&](int n, int w, float x) { dmemory[n * a.W + w] = narrow<T>(x); },
+      Span(writes.W, memory, grad, dmemory), writes, memory, nullptr, false, block.dweights, nullptr, block.scratch,
+      [&](const Span& span, int n) { return span.load(grad + n * a.W); }, [&](const Span& span, int n, const Numbers& x) { span.store(dmemory + n * a.W, x); },
       [&](int h, int w, float x) { derase[h * a.W + w] = narrow<T>(x); }, [&](int h, int w, float x) { dadd[h * a.W + w] = narrow<T>(x); });
   for (int64_t i = threadIdx.x; i < n; i += kThreads) ((T*)a.dweights)[b * n + i] = narrow<T>(block.dweights[i]);
 }
 
 template <class T> int64_t erase_add_fwd(const EraseAddArgs& a, void* stream) {
-  return mc_launch(erase_add_write_fwd_kernel<T>, a.B * row_tiles(a.N, a.W), kThreads, 0, a.device, stream, EraseAddLaunch{a, {}});
+  return mc_launch(erase_add_write_fwd_kernel<T>, a.B * span_tiles(a.N, a.W), kThreads, 0, a.device, stream, EraseAddLaunch{a, {}});
 }
 template <class T> Plan erase_add_plan(const EraseAddArgs& a) {
   return plan_of(mc_shared_limit(a.device), [&](auto& arena, bool) { EraseAddBlock<T>(arena, a); });

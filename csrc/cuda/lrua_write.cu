@@ -70,14 +70,13 @@ template <class T, bool SPILL> MC_KERNEL lrua_write_fwd_kernel(LruaLaunch launch
   LruaBlock<T> block(arena, a, false);
   block.address(a, b);
   for (int64_t i = threadIdx.x; i < a.H * a.N; i += kThreads) ((T*)a.weights)[b * a.H * a.N + i] = narrow<T>(block.weights[i]);
-  const Columns cols((int)a.W);
   const T* from = (const T*)a.memory + b * a.N * a.W;
   T* to = (T*)a.written + b * a.N * a.W;
-  for (int64_t n = threadIdx.x / cols.lanes; n < a.N; n += cols.step)
-    for (int64_t w = cols.lane; w < a.W; w += cols.lanes) {
-      float v = a.zero && n == block.chosen ? 0 : wide(from[n * a.W + w]);
-      for (int64_t h = 0; h < a.H; h++) v += block.weights[h * a.N + n] * block.word[h * a.W + w];
-      to[n * a.W + w] = narrow<T>(v);
+  for (Span span((int)a.W, from, to); span.w0 < a.W; span.w0 += span.width())
+    for (int n = span.row(span.first()); n < a.N; n += span.step) {
+      Numbers x = a.zero && n == block.chosen ? Numbers{} : span.load(from + n * a.W);
+      for (int h = 0; h < a.H; h++) add_to(x, block.weights[h * a.N + n], span.load(block.word + h * a.W));
+      span.store(to + n * a.W, x);
     }
 }
 
@@ -97,30 +96,28 @@ template <class T, bool SPILL> MC_KERNEL lrua_write_bwd_kernel(LruaLaunch launch
 
   // Down the columns: the words' gradient; along the rows: the weights'. The memory's gradient passes through.
   constexpr int HC = 8;
-  const Columns cols(W);
-  for (int w0 = 0; w0 < W; w0 += cols.lanes) {
-    const int w = w0 + cols.lane;
+  for (Span span(W, grown, dmemory); span.w0 < W; span.w0 += span.width())
     for (int h0 = 0; h0 == 0 || h0 < H; h0 += HC) {
-      float acc[HC];
+      Numbers words[HC], acc[HC] = {};
 #pragma unroll
-      for (int j = 0; j < HC; j++) acc[j] = 0;
-      for (int first = cols.first(); first < N; first += cols.step) {
-        const int n = cols.row(first);
-        const bool on = n < N && w < W;
-        const float g = on && grown ? wide(grown[(int64_t)n * W + w]) : 0;
-        if (on && h0 == 0) dmemory[(int64_t)n * W + w] = narrow<T>(a.zero && n == block.chosen ? 0 : g);
+      for (int j = 0; j < HC; j++) words[j] = h0 + j < H ? span.load(block.word + (h0 + j) * W) : Numbers{};
+      for (int first = span.first(); first < N; first += span.step) {
+        const int at = span.row(first), n = least(at, N - 1);  // all go along, because the sums are the warp's
+        const bool on = at < N;
+        const Numbers g = on && grown ? span.load(grown + (int64_t)n * W) : Numbers{};
+        if (on && h0 == 0) span.store(dmemory + (int64_t)n * W, a.zero && n == block.chosen ? Numbers{} : g);
+        float sums[HC];
 #pragma unroll
         for (int j = 0; j < HC; j++) {
-          const int h = h0 + j;
-          if (h >= H) continue;
-          if (on) acc[j] += block.weights[(int64_t)h * N + n] * g;
-          const float row = group_sum(on ? block.word[(int64_t)h * W + w] * g : 0, cols.lanes);
-          if (cols.lane == 0 && n < N) block.dweights[(int64_t)h * N + n] += row;
+          add_to(acc[j], h0 + j < H ? block.weights[(h0 + j) * N + n] : 0, g);
+          sums[j] = dot(words[j], g);
         }
+        group_sums(sums, span.lanes, [&](int j, float x) {
+          if (on && h0 + j < H) block.dweights[(h0 + j) * N + n] += x;
+        });
       }
-      cols.sum(acc, least(HC, H - h0), w0, W, block.scratch, [&](int j, int at, float x) { dword[(int64_t)(h0 + j) * W + at] = narrow<T>(x); });
+      span.sum(acc, least(HC, H - h0), block.scratch, [&](int j, int at, float x) { dword[(h0 + j) * W + at] = narrow<T>(x); });
     }
-  }
 
   // dweights are visible: each of the sums above began with a barrier.
   Team team(H, block.slots);

@@ -69,9 +69,9 @@ template <class T, bool SPILL> MC_KERNEL ntm_addressing_bwd_kernel(NtmAddressing
   T* dmemory = (T*)a.dmemory + b * a.N * a.W;
   const bool own = launch.d == nullptr;  // the memory is the element's own
   similarity_rows(
-      s, rows, heads.d, heads.key_own, heads.scratch, [](int, int) { return 0.f; },
-      [&](int n, int w, float x) {
-        if (own) dmemory[(int64_t)n * s.W + w] = narrow<T>(x);
+      Span(s.W, rows, dmemory), s, rows, heads.d, heads.key_own, heads.scratch, [](const Span&) { return [](int) { return Numbers{}; }; },
+      [&](const Span& span, int n, const Numbers& x) {
+        if (own) span.store(dmemory + (int64_t)n * s.W, x);
       },
       [&](int h, int w, float x) { dkey[(int64_t)h * s.W + w] = narrow<T>(x); });
   if (own) return;

@@ -30,9 +30,13 @@ SequenceArgs arguments(
   return a;
 }
 
-// `rows` x `columns` numbers of a flat tensor.
+// `rows` x `columns` numbers of a flat tensor, and such with padded rows.
 Tensor part(Tensor flat, int64_t at, int64_t rows, int64_t columns) {
   return torch::stable::view(torch::stable::narrow(flat, 0, at, rows * columns), {rows, columns});
+}
+Tensor padded(const Tensor& flat, int64_t at, int64_t rows, int64_t columns) {
+  Tensor all = part(flat, at, rows, SequenceArgs::padded(columns));
+  return torch::stable::narrow(all, 1, 0, columns);
 }
 Tensor columns(Tensor of, int64_t at, int64_t count) { return torch::stable::narrow(of, 1, at, count); }
 Tensor turned(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
@@ -65,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
   a.output = (float*)out(output), a.memory_out = (float*)out(written), a.reads_out = (float*)out(read), a.weights_out = (float*)out(found);
   a.state_out = (float*)out(after), a.saved = (float*)out(saved);
   const int64_t I = a.I(), K = a.K, Q = a.K + a.F();
-  const Tensor packed = make(memory, {I * K + a.O * Q});
-  Tensor interface = part(packed, 0, K, I), output_weight = part(packed, K * I, Q, a.O);
+  const Tensor packed = make(memory, {K * a.padded(I) + Q * a.padded(a.O)});
+  Tensor interface = padded(packed, 0, K, I), output_weight = padded(packed, K * a.padded(I), Q, a.O);
   torch::stable::copy_(interface, turned(part(parameters, a.interface_at(), I, K)));
   torch::stable::copy_(output_weight, turned(part(parameters, a.output_at(), a.O, Q)));
   a.packed = (const float*)in(packed);
@@ -102,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   const int64_t rows = a.T * a.B, I = a.I(), K = a.K, Q = a.K + a.F();
   const Tensor packed = make(memory, {a.packed_layer(layers)});
   for (int64_t l = 0; l < layers; l++) {
-    Tensor to = part(packed, a.packed_layer(l), a.G(), a.D(l));
+    Tensor to = padded(packed, a.packed_layer(l), a.G(), a.D(l));
     torch::stable::copy_(to, turned(part(parameters, a.layer(l), a.D(l), a.G())));
   }
   a.packed = (const float*)in(packed);
@@ -111,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   on.check(kName, mc_ntm_sequence_bwd(&a, on.stream()));
 
   // The parameters' gradients: a layer's bias is the weight of an input that is always 1.
-  const Tensor kept = part(saved, 0, rows, a.row());
+  const Tensor kept = part(saved, a.rows_at(), rows, a.row());
   for (int64_t l = 0; l < layers; l++)
     multiply(turned(columns(kept, a.kept(l), a.D(l) + 1)), columns(deltas, l * a.G(), a.G()), part(dparameters, a.layer(l), a.D(l) + 1, a.G()));
   const auto linear = [&](int64_t delta, int64_t n, int64_t inputs, int64_t parameter) {

@@ -18,35 +18,35 @@ struct SequenceLaunch {
   bool staged;  // backward, memories in the workspace: each is brought to shared memory for its step
 };
 
-// put(n, bias[n] + sum over k of x[k] w[k, n]) for n < N, on thread n modulo kThreads; bias may be null. x is visible before. Warps take
-// rows in turn, lanes 8 columns each; scratch: 8 * kThreads floats.
+// put(n, bias[n] + sum over k of x[k] w[k, n]) for n < N, on thread n modulo kThreads; bias may be null. Rows of w are `apart` numbers apart. x is
+// visible before. A thread has four neighbouring columns, groups of threads take rows in turn. scratch: 4 * kThreads floats.
 template <class Put>
-__device__ inline void product(const float* x, const float* w, const float* bias, int K, int N, float* scratch, Put put) {
-  constexpr int kColumns = kThreads / 32;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int n0 = 0; n0 < N; n0 += kThreads) {
-    float acc[kColumns];
-#pragma unroll
-    for (int j = 0; j < kColumns; j++) acc[j] = 0;
+__device__ inline void product(const float* x, const float* w, int64_t apart, const float* bias, int K, int N, float* scratch, Put put) {
+  const bool aligned = apart % kSpan == 0 && (uintptr_t)w % sizeof(Numbers) == 0;
+  for (int n0 = 0; n0 < N; n0 += kSpan * kThreads) {
+    const int columns = least(N - n0, kSpan * kThreads), fours = (columns + kSpan - 1) / kSpan, groups = least(kThreads / fours, 32);
+    const int group = (int)threadIdx.x / fours, n = (int)threadIdx.x % fours * kSpan;
+    const float* from = w + n0 + n;
+    Numbers sum{};
+    if (group < groups) {
+      if (aligned && n + kSpan <= columns) {
 #pragma unroll 8
-    for (int k = warp; k < K; k += kWarps) {
-      const float* row = w + (int64_t)k * N;
-      const float v = x[k];
+        for (int k = group; k < K; k += groups) add_to(sum, x[k], *(const Numbers*)(from + k * apart));
+      } else {
+#pragma unroll 4
+        for (int k = group; k < K; k += groups)
 #pragma unroll
-      for (int j = 0; j < kColumns; j++) {
-        const int n = n0 + 32 * j + lane;
-        if (n < N) acc[j] += v * row[n];
+          for (int j = 0; j < kSpan; j++)
+            if (n + j < columns) sum.v[j] += x[k] * from[k * apart + j];
       }
     }
     __syncthreads();
-#pragma unroll
-    for (int j = 0; j < kColumns; j++) scratch[warp * kThreads + 32 * j + lane] = acc[j];
+    if (group < groups) *(Numbers*)(scratch + group * fours * kSpan + n) = sum;
     __syncthreads();
-    const int n = n0 + (int)threadIdx.x;
-    if (n < N) {
-      float total = bias ? bias[n] : 0;
-      for (int g = 0; g < kWarps; g++) total += scratch[g * kThreads + threadIdx.x];
-      put(n, total);
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
+      float total = bias ? bias[n0 + i] : 0;
+      for (int g = 0; g < groups; g++) total += scratch[g * fours * kSpan + i];
+      put(n0 + i, total);
     }
   }
 }
@@ -85,8 +85,8 @@ struct SequenceBlock {
     return {heads.s.N, l.W, l.Hw, l.R, erase, add, heads.weights + (int64_t)l.R * heads.s.N, heads.weights};
   }
   __device__ int64_t at(int64_t t) const { return t * a.B + b; }
-  __device__ float* kept(int64_t t) const { return a.saved + at(t) * a.row(); }
-  __device__ float* copy_of(int64_t t) const { return a.saved + a.T * a.B * a.row() + (t / a.every * a.B + b) * M; }
+  __device__ float* kept(int64_t t) const { return a.saved + a.rows_at() + at(t) * a.row(); }
+  __device__ float* copy_of(int64_t t) const { return a.saved + (t / a.every * a.B + b) * M; }
   // h and c of each layer from the state [2 layers, B, K], or to it; of tanh layers there is none.
   __device__ int64_t in_state(int i, int which) const { return ((int64_t)(2 * (i / K) + which) * a.B + b) * K + i % K; }
 };
@@ -124,7 +124,7 @@ struct SequenceForward : SequenceBlock {
     return j == 0 ? features[K + i] : hidden[(j - 1) * K + i];
   }
 
-  __device__ void layer(int64_t t, int j, float* kept) {
+  __device__ __forceinline__ void layer(int64_t t, int j, float* kept) {
     const int D = (int)a.D(j);
     for (int i = threadIdx.x; i < D; i += kThreads) {
       const float v = input(t, j, i);
@@ -134,7 +134,7 @@ struct SequenceForward : SequenceBlock {
     if (kept && threadIdx.x == 0) kept[D] = 1;
     __syncthreads();
     const float* weight = a.parameters + a.layer(j);
-    product(inputs, weight, weight + (int64_t)D * G, D, G, heads.scratch, [&](int n, float v) { sums[n] = v; });
+    product(inputs, weight, G, weight + (int64_t)D * G, D, G, heads.scratch, [&](int n, float v) { sums[n] = v; });
     __syncthreads();
     for (int k = threadIdx.x; k < K; k += kThreads) {
       float h;
@@ -157,11 +157,11 @@ struct SequenceForward : SequenceBlock {
     __syncthreads();
   }
 
-  __device__ void step(int64_t t) {
+  __device__ __forceinline__ void step(int64_t t) {
     float* row = a.keep ? kept(t) : nullptr;
     for (int j = 0; j < a.layers; j++) layer(t, j, row ? row + a.kept(j) : nullptr);
     const float clip = (float)a.clip;
-    product(features, a.packed, a.parameters + a.interface_at() + (int64_t)I * K, K, I, heads.scratch, [&](int n, float v) {
+    product(features, a.packed, a.padded(I), a.parameters + a.interface_at() + (int64_t)I * K, K, I, heads.scratch, [&](int n, float v) {
       interface[n] = clamped(v, clip);
       if (row) row[a.kept_interface() + n] = v;
     });
@@ -186,7 +186,7 @@ struct SequenceForward : SequenceBlock {
     }
     float* out = a.output + at(t) * O;
     product(
-        features, a.packed + (int64_t)K * I, a.parameters + a.output_at() + (int64_t)O * (K + F), K + F, O, heads.scratch,
+        features, a.packed + K * a.padded(I), a.padded(O), a.parameters + a.output_at() + (int64_t)O * (K + F), K + F, O, heads.scratch,
         [&](int n, float v) { out[n] = v; });
   }
 
@@ -263,7 +263,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
   }
 
   // The memories before the steps from the last copy to t.
-  __device__ void rebuild(int64_t t) {
+  __device__ __forceinline__ void rebuild(int64_t t) {
     const int64_t first = t / a.every * a.every;
     const int N = heads.s.N, W = l.W;
     if (!WORKSPACE) fill(memories, copy_of(first), M);
@@ -276,25 +276,27 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
       }
       for (int i = l.R * N + threadIdx.x; i < heads.s.H * N; i += kThreads) heads.weights[i] = w[i];
       __syncthreads();
-      const Writes writes = this->writes();
+      Writes writes = this->writes();
+      writes.R = 0;
       const float* from = memory(s);
       float* to = memory(s + 1);
-      for (int i = threadIdx.x; i < M; i += kThreads) to[i] = writes.written(from[i], i / W, i % W);
+      write_read(writes, from, to, true, heads.scratch, [](int, int, float) {});
       __syncthreads();
     }
   }
 
   // From the gradients of step t's reads, weights (heads.d) and written memory to those of its interface, of the weights before (other)
   // and of the memory that came in.
-  __device__ void memory_step(const float* rows) {
+  __device__ __forceinline__ void memory_step(const float* rows) {
     const Writes writes = this->writes();
     const bool write_first = a.write_first != 0;
     const int N = heads.s.N, W = l.W;
     const float* x = interface;
     float *dx = dinterface, *dm = dmemory;
+    const auto grad = [dm, W](const Span& span, int n) { return span.load(dm + n * W); };
+    const Span span(W, rows, dm);
     write_read_backward<false>(
-        writes, rows, dreads, write_first, heads.d + (int64_t)l.R * N, heads.d, heads.scratch, [&](int n, int w) { return dm[n * W + w]; },
-        [](int, int, float) {},
+        span, writes, rows, dreads, write_first, heads.d + (int64_t)l.R * N, heads.d, heads.scratch, grad, [](const Span&, int, const Numbers&) {},
         [&](int h, int w, float v) {
           const float e = writes.erase[h * W + w];
           dx[l.erase(h) + w] = v * e * (1 - e);
@@ -313,16 +315,13 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
       for (int j = 0; j < l.S; j++) dx[l.shift(h) + j] = p[j] * (d[j] - mean);
     }
     similarity_rows(
-        heads.s, rows, heads.d, heads.key_own, heads.scratch,
-        [&](int n, int w) {
-          const float asked = writes.asked(dreads, n, w), g = dm[n * W + w];
-          return write_first ? (g + asked) * writes.kept(n, w) : g * writes.kept(n, w) + asked;
-        },
-        [&](int n, int w, float v) { dm[n * W + w] = v; }, [&](int h, int w, float v) { dx[l.head(h) + w] = v; });
+        span, heads.s, rows, heads.d, heads.key_own, heads.scratch,
+        [&](const Span& span) { return memory_gradient(writes, span, dreads, write_first, grad); },
+        [&](const Span& span, int n, const Numbers& v) { span.store(dm + n * W, v); }, [&](int h, int w, float v) { dx[l.head(h) + w] = v; });
   }
 
   // From the gradients of layer j's output and cell to those of its sums, of its inputs and of the cell before.
-  __device__ void layer(int64_t t, int j, const float* row, float* delta) {
+  __device__ __forceinline__ void layer(int64_t t, int j, const float* row, float* delta) {
     const int D = (int)a.D(j), X = j == 0 ? (int)a.X : 0, own = (int)a.cells();
     const float* z = row + a.kept(j) + D + 1;
     for (int k = threadIdx.x; k < K; k += kThreads) {
@@ -343,7 +342,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
       for (int i = k; i < G; i += K) delta[j * G + i] = sums[i];
     }
     __syncthreads();
-    product(sums, a.packed + a.packed_layer(j), nullptr, G, D, heads.scratch, [&](int n, float v) {
+    product(sums, a.packed + a.packed_layer(j), a.padded(D), nullptr, G, D, heads.scratch, [&](int n, float v) {
       if (n < X) a.dinput[at(t) * X + n] = v;
       else if (n - X < own) hidden[j * K + n - X] = v;
       else if (j == 0) dreads[n - X - own] = v;
@@ -352,7 +351,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
     __syncthreads();
   }
 
-  __device__ void step(int64_t t) {
+  __device__ __forceinline__ void step(int64_t t) {
     if (t + 1 == steps || t % a.every == a.every - 1) rebuild(t);
     const float *row = kept(t), *raw = row + a.kept_interface(), *rows = memory(t);
     float *to = delta(t), *top = hidden + (a.layers - 1) * K;
@@ -361,7 +360,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
     for (int i = threadIdx.x; i < O; i += kThreads) to[a.delta_output() + i] = dy[i] = a.grad_output ? a.grad_output[at(t) * O + i] : 0;
     for (int i = threadIdx.x; i < I; i += kThreads) interface[i] = clamped(raw[i], clip);
     __syncthreads();
-    product(dy, a.parameters + a.output_at(), nullptr, O, K + F, heads.scratch, [&](int n, float v) {
+    product(dy, a.parameters + a.output_at(), K + F, nullptr, O, K + F, heads.scratch, [&](int n, float v) {
       if (n >= K) dreads[n - K] += v;
       else top[n] = v + (a.lstm ? top[n] : 0);
     });
@@ -377,7 +376,7 @@ template <bool WORKSPACE> struct SequenceBackward : SequenceBlock {
     }
     __syncthreads();
     // Thread k modulo kThreads adds to unit k here and takes it up in the layer.
-    product(dinterface, a.parameters + a.interface_at(), nullptr, I, K, heads.scratch, [&](int n, float v) { top[n] += v; });
+    product(dinterface, a.parameters + a.interface_at(), K, nullptr, I, K, heads.scratch, [&](int n, float v) { top[n] += v; });
     for (int j = (int)a.layers - 1; j >= 0; j--) layer(t, j, row, to);
     float* before = other;
     other = heads.d, heads.d = before;

@@ -19,7 +19,7 @@ struct SequenceArgs {
   int64_t every;                                                                   // steps between two copies of the memory
   double clip;                                                                     // of the interface; 0: none
   const float *input, *memory, *reads, *weights, *state, *parameters;
-  const float* packed;     // forward: interface [K, I], output [K + F, O]; backward: of each layer [G, D]
+  const float* packed;     // forward: interface [K, I], output [K + F, O]; backward: of each layer [G, D]; rows apart by padded(..)
   const int64_t* lengths;  // null: all T
   float *output, *memory_out, *reads_out, *weights_out, *state_out;
   float* saved;
@@ -41,10 +41,11 @@ struct SequenceArgs {
   MC_BOTH int64_t interface_at() const { return layer(layers); }
   MC_BOTH int64_t output_at() const { return interface_at() + I() * (K + 1); }
   MC_BOTH int64_t numbers() const { return output_at() + O * (K + F() + 1); }
-  MC_BOTH int64_t packed_layer(int64_t l) const { return (l == 0 ? 0 : D(0) + (l - 1) * D(1)) * G(); }
+  MC_BOTH static int64_t padded(int64_t n) { return (n + 3) / 4 * 4; }  // so that rows of a matrix are read four numbers at a time
+  MC_BOTH int64_t packed_layer(int64_t l) const { return (l == 0 ? 0 : padded(D(0)) + (l - 1) * padded(D(1))) * G(); }
 
-  // A row of `saved`, [T, B, row()]: of each layer inputs [D], 1, activations [G], cells [K]; features [K + F], 1; interface [I]; weights
-  // [H, N]. Rows past an item's length are 0. Then the copies of the memory, [T / every, B, N, W].
+  // `saved`: copies of the memory, [T / every, B, N, W]; then rows, [T, B, row()]: of each layer inputs [D], 1, activations [G], cells [K];
+  // features [K + F], 1; interface [I]; weights [H, N]. Rows past an item's length are 0.
   MC_BOTH int64_t cells() const { return lstm ? K : 0; }
   MC_BOTH int64_t kept(int64_t l) const { return l == 0 ? 0 : D(0) + (l - 1) * D(1) + l * (1 + G() + cells()); }
   MC_BOTH int64_t kept_features() const { return kept(layers); }
@@ -52,7 +53,8 @@ struct SequenceArgs {
   MC_BOTH int64_t kept_weights() const { return kept_interface() + I(); }
   MC_BOTH int64_t row() const { return kept_weights() + H() * N; }
   MC_BOTH int64_t copies() const { return (T + every - 1) / every; }
-  MC_BOTH int64_t saved_size() const { return T * B * row() + copies() * B * N * W; }
+  MC_BOTH int64_t rows_at() const { return copies() * B * N * W; }
+  MC_BOTH int64_t saved_size() const { return rows_at() + T * B * row(); }
 
   // A row of `deltas`, [T, B, delta()]: gradients of each layer's sums [G], of the interface [I], of the output [O].
   MC_BOTH int64_t delta_interface() const { return layers * G(); }

@@ -76,9 +76,11 @@ template <class T, bool SPILL> MC_KERNEL ntm_step_bwd_kernel(StepLaunch launch) 
   const T* x = (const T*)a.interface + b * l.size();
   T* dx = (T*)a.dinterface + b * l.size();
   const T* grown = a.grad_written ? (const T*)a.grad_written + b * a.N * a.W : nullptr;
-  const auto grad = [&](int n, int w) { return grown ? wide(grown[(int64_t)n * a.W + w]) : 0; };
+  const auto grad = [&](const Span& span, int n) { return grown ? span.load(grown + n * a.W) : Numbers{}; };
+  T* dmemory = (T*)a.dmemory + b * a.N * a.W;
+  const Span span(l.W, rows, grown, dmemory);
   write_read_backward<false>(
-      writes, rows, block.dreads, write_first, heads.d + a.R * a.N, heads.d, heads.scratch, grad, [](int, int, float) {},
+      span, writes, rows, block.dreads, write_first, heads.d + a.R * a.N, heads.d, heads.scratch, grad, [](const Span&, int, const Numbers&) {},
       [&](int h, int w, float v) {
         const float e = writes.erase[(int64_t)h * l.W + w];
         dx[l.erase(h) + w] = narrow<T>(v * e * (1 - e));
@@ -93,14 +95,10 @@ template <class T, bool SPILL> MC_KERNEL ntm_step_bwd_kernel(StepLaunch launch) 
   });
   for (int h = threadIdx.x; h < heads.s.H; h += kThreads) shift_logits(dx + l.shift(h), heads.shift + h * l.S, heads.dshift + h * l.S, l.S);
 
-  T* dmemory = (T*)a.dmemory + b * a.N * a.W;
   similarity_rows(
-      heads.s, rows, heads.d, heads.key_own, heads.scratch,
-      [&](int n, int w) {
-        const float asked = writes.asked(block.dreads, n, w);
-        return write_first ? (grad(n, w) + asked) * writes.kept(n, w) : grad(n, w) * writes.kept(n, w) + asked;
-      },
-      [&](int n, int w, float v) { dmemory[(int64_t)n * a.W + w] = narrow<T>(v); },
+      span, heads.s, rows, heads.d, heads.key_own, heads.scratch,
+      [&](const Span& span) { return memory_gradient(writes, span, block.dreads, write_first, grad); },
+      [&](const Span& span, int n, const Numbers& x) { span.store(dmemory + n * a.W, x); },
       [&](int h, int w, float v) { dx[l.head(h) + w] = narrow<T>(v); });
 }
 

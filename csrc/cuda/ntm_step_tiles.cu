@@ -248,8 +248,8 @@ template <class T> MC_KERNEL_TWO ntm_step_write_bwd_kernel(TilesLaunch t) {
   const T* grown = a.grad_written ? (const T*)a.grad_written + (tile.b * a.N + tile.first) * l.W : nullptr;
   float *derase = tile.part(t, 2 * l.Hw + tile.H), *dadd = derase + l.Hw * l.W;
   write_read_backward<false>(
-      block.writes(tile), tile.rows, block.dreads, a.write_first != 0, block.d + l.R * tile.count, block.d, block.scratch,
-      [&](int n, int w) { return grown ? wide(grown[(int64_t)n * l.W + w]) : 0; }, [](int, int, float) {},
+      Span(l.W, tile.rows, grown), block.writes(tile), tile.rows, block.dreads, a.write_first != 0, block.d + l.R * tile.count, block.d, block.scratch,
+      [&](const Span& span, int n) { return grown ? span.load(grown + (int64_t)n * l.W) : Numbers{}; }, [](const Span&, int, const Numbers&) {},
       [&](int h, int w, float x) { derase[h * l.W + w] = x; }, [&](int h, int w, float x) { dadd[h * l.W + w] = x; });
   tile.store(t, tile.between.d, block.d);
 }
@@ -279,12 +279,14 @@ template <class T> MC_KERNEL_TWO ntm_step_rows_bwd_kernel(TilesLaunch t) {
   T* dmemory = (T*)a.dmemory + at;
   float* dkey = tile.part(t, 2 * l.Hw + tile.H) + 2 * l.Hw * l.W;
   similarity_rows(
-      s, tile.rows, block.d, block.zero, block.scratch,
-      [&](int n, int w) {
-        const float asked = writes.asked(block.dreads, n, w), g = grown ? wide(grown[(int64_t)n * l.W + w]) : 0;
-        return a.write_first ? (g + asked) * writes.kept(n, w) : g * writes.kept(n, w) + asked;
+      Span(l.W, tile.rows, grown, dmemory), s, tile.rows, block.d, block.zero, block.scratch,
+      [&](const Span& span) {
+        return memory_gradient(writes, span, block.dreads, a.write_first != 0, [&](const Span& span, int n) {
+          return grown ? span.load(grown + (int64_t)n * l.W) : Numbers{};
+        });
       },
-      [&](int n, int w, float v) { dmemory[(int64_t)n * l.W + w] = narrow<T>(v); }, [&](int h, int w, float v) { dkey[h * l.W + w] = v; });
+      [&](const Span& span, int n, const Numbers& x) { span.store(dmemory + (int64_t)n * l.W, x); },
+      [&](int h, int w, float v) { dkey[h * l.W + w] = v; });
 }
 
 // ---- sums over the tiles ----

@@ -69,10 +69,11 @@ template <class T, bool SPILL> MC_KERNEL read_bwd_kernel(ReadLaunch launch) {
     return;
   }
   const Writes reads{(int)a.N, (int)a.W, 0, (int)a.H, nullptr, nullptr, nullptr, block.weights};
-  const Columns cols((int)a.W);
   T* dmemory = (T*)a.dmemory + b * a.N * a.W;
-  for (int i = threadIdx.x / cols.lanes; i < reads.N; i += cols.step)
-    for (int w = cols.lane; w < reads.W; w += cols.lanes) dmemory[i * a.W + w] = narrow<T>(reads.asked(block.grad, i, w));
+  for (Span span(reads.W, dmemory); span.w0 < reads.W; span.w0 += span.width()) {
+    const Asked<4> asked(reads, span, block.grad);
+    for (int i = span.row(span.first()); i < reads.N; i += span.step) span.store(dmemory + i * a.W, asked(i));
+  }
 }
 
 template <class T> MC_KERNEL read_bwd_shared_kernel(SharedRows<T> rows) { shared_rows(rows); }

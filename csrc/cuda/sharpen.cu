@@ -28,9 +28,10 @@ template <class T, bool SPILL> MC_KERNEL sharpen_bwd_kernel(WeightLaunch launch)
     d[n] = wide(((const T*)a.grad)[at + n]);
   }
   const Scores p = sharpen(b.team, b.count, gamma, [&](int n) { return w[n]; }, [&](int n, float x) { e[n] = x; });
-  const float dgamma = sharpen_backward(
+  const float part = sharpen_backward(
       b.team, b.count, gamma, p.extreme, [&](int n) { return e[n] * p.inverse; }, [&](int n) { return d[n]; }, [&](int n) { return w[n]; },
       [&](int n, float x) { ((T*)a.dfirst)[at + n] = narrow<T>(x); });
+  const float dgamma = b.team.sum(part);
   if (b.team.rank == 0 && b.row < a.rows) ((T*)a.dparameter)[b.row] = narrow<T>(dgamma);
 }
 

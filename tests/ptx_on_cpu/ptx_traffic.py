@@ -118,7 +118,7 @@ COLUMNS = ("bytes", "read", "read_requests", "read_sectors", "written", "write_r
 
 
 def row(backend: str, case: Case, name: str) -> dict[str, dict]:
-    """{"fwd", "bwd"} -> launches, bytes of PyTorch, and COLUMNS of every tensor and of all workspaces."""
+    """{"fwd", "bwd"} -> launches, thread instructions, bytes of PyTorch, and COLUMNS of every tensor and of all workspaces."""
     sample, dtype = shape_of(case, name)
     emulator = Emulator(backend, ARCH, orders=("lockstep",), races=False, count=True)
     with emulated(emulator):
@@ -139,7 +139,8 @@ def row(backend: str, case: Case, name: str) -> dict[str, dict]:
                 key = "workspace" if label.startswith("workspace ") else label
                 before = tensors.get(key, [0] * len(COLUMNS))
                 tensors[key] = [max(before[0], t.nbytes), *(a + b for a, b in zip(before[1:], counts))]
-        made[way] = {"launches": len(records), **{k: v[way] for k, v in others.items()}, "tensors": dict(sorted(tensors.items()))}
+        issued = sum(r.report.instructions for r in records)
+        made[way] = {"launches": len(records), "instructions": issued, **{k: v[way] for k, v in others.items()}, "tensors": dict(sorted(tensors.items()))}
     return made
 
 
@@ -233,6 +234,8 @@ emulator: **not times**, and nothing of a GPU's caches. Made with {versions}.
   turns half types to float32 first). Inputs and outputs of every aten call, views free.
 - *sectors*: 32 bytes each, per request of a warp: of the largest tensor read / written. Full warps have 2 with 2-byte words, 4 with 4-byte words,
   16 with 16 bytes a lane.
+- *instructions*: of PTX that threads issue, over the numbers in the memory (else in the largest tensor). A kernel with few of them can still wait, one
+  with many cannot be fast: on an H200 the block-an-element kernels spent their time in them ([gpu.md](gpu.md#what-an-h200-said)).
 """
 
 
@@ -257,12 +260,18 @@ write heads, bytes of stack on sm_80 / sm_90 / sm_120, any of which is a spill):
 """
 
 
+def numbers(sizes: dict[str, int], dtype: torch.dtype, way: dict) -> float:
+    """In the memory, or in the largest tensor of an operator without one."""
+    own = {"memory", "memory'", "dmemory", "grad_0"} & set(way["tensors"])
+    return sizes["B"] * sizes["N"] * sizes["W"] if own - {"grad_0"} else max(of(way, k)["bytes"] for k in way["tensors"] if k != "workspace") / dtype.itemsize
+
+
 def page(table: dict) -> str:
     lines = HEAD.format(versions=", ".join(f"{k} {v}" for k, v in sorted(table["versions"].items()))).split("\n")
     for name, (sizes, dtype) in SHAPES.items():
         lines += [f"## {name}: " + ", ".join(f"{k} {sizes[k]}" for k in "BHNW") + f", {str(dtype)[6:]}", ""]
-        lines += ["| operator | kernel | launches | memory in | out | gradient in | least, KiB | all | eager | reference | sectors |"]
-        lines += ["| --- | --- " + "| ---: " * 9 + "|"]
+        lines += ["| operator | kernel | launches | memory in | out | gradient in | least, KiB | all | eager | reference | sectors | instructions |"]
+        lines += ["| --- | --- " + "| ---: " * 10 + "|"]
         for key, made in sorted(table["rows"].items()):
             op, shape, backend = key.split("/")
             for way, written in (("fwd", "memory'"), ("bwd", "dmemory")):
@@ -277,6 +286,7 @@ def page(table: dict) -> str:
                 named = [of(w, k) for k in w["tensors"] if k != "workspace"]
                 kinds = (("read", "read"), ("written", "write"))
                 cells += [" / ".join(sectors(max(named, key=lambda t: t["bytes"] * (t[bytes_] > 0)), kind) for bytes_, kind in kinds)]
+                cells += [number(w["instructions"] / numbers(sizes, dtype, w))]
                 lines.append(f"| {op} {'forward' if way == 'fwd' else 'backward'} | {backend} | {w['launches']} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines) + "\n" + TAIL
