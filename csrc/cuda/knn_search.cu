@@ -8,38 +8,38 @@
 namespace memcore {
 namespace cuda {
 
-constexpr int kChunk = 32, kStride = kChunk + 4;  // columns of a tile at a time; its rows lie apart, so that four columns of each lie in different banks
+constexpr int kChunk = 32, kPad = 4;  // columns of a tile at a time; its rows lie apart, so that four columns of each lie in different banks
+constexpr int kMostColumns = 128;     // queries of up to so many stay in shared memory, others come by chunks with the rows
 
 // How a search is cut up.
 struct KnnPlan {
-  int64_t keep, capacity, tiles, shards, room;  // candidates of a list; places in it (a power of two); the finish's
-  bool many;                                    // 32 queries by 128 rows, else 4 by 256
-  bool direct;                                  // no more rows than are kept: nothing to scan
+  int64_t keep, most, capacity;    // candidates of a list; those that a cut may leave; places of a list in the scan
+  int64_t columns, tiles, shards;  // columns of the queries in shared memory
+  int64_t queries, rows;           // of a tile: 1 or 4 by 256, or 32 by 128
+  bool direct;                     // no more rows than are kept: nothing to scan
 };
 struct KnnLaunch {
   KnnArgs a;
   KnnPlan plan;
-  uint64_t* lists;  // [A, Q, keep, shards], ascending along keep
+  uint64_t* lists;  // [A, Q, shards, keep], in any order
 };
 
-constexpr int kManyQueries = 32, kManyRows = 128, kFewQueries = 4, kFewRows = 256;
-constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H100, at the most: one more would run alone
+constexpr int kManyQueries = 32, kManyRows = 128, kFewQueries = 4, kFewRows = 256;  // or one query, as few
+// Places of a list for each thread of its team, at the most; of a warp's list (a little less, for 99 KiB in all), of a block's.
+constexpr int kShare = 8, kManyPlaces = 31 * kShare, kPlaces = kThreads * kShare;
 
 inline int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t power(int64_t n) {
-  int64_t p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
 inline KnnPlan knn_plan(const KnnArgs& a) {
   KnnPlan p{};
-  p.keep = a.K + (a.K > 128 ? a.K / 4 : 32);
-  p.many = a.Q > kFewQueries && power(p.keep + kManyRows) <= 256;
-  const int64_t rows = p.many ? kManyRows : kFewRows;
-  p.capacity = power(p.keep + rows), p.room = power(p.keep + kThreads);
-  p.tiles = up(a.Q, p.many ? kManyQueries : kFewQueries);
-  const int64_t worth = up(a.N, 4 * p.keep > rows ? 4 * p.keep : rows), lists = a.A * p.tiles;
-  p.shards = least(worth, lists > 0 && lists < kBlocks ? kBlocks / lists : 1);
+  p.keep = a.K + (a.K > 128 ? a.K / 4 : 32), p.most = p.keep + 16;
+  const bool many = a.Q > kFewQueries && p.most <= kManyPlaces * 3 / 4;
+  p.queries = many ? kManyQueries : a.Q > 1 ? kFewQueries : 1, p.rows = many ? kManyRows : kFewRows;
+  p.capacity = many ? kManyPlaces : p.keep + 512;
+  p.columns = 0 < a.D && a.D <= kMostColumns ? up(a.D, kChunk) * kChunk : kChunk;
+  p.tiles = up(a.Q, p.queries);
+  // Two blocks for each multiprocessor, at the most: one more would run alone. And rows for a tile each, of which a third or more is left out.
+  const int64_t blocks = 2 * mc_processors(a.device), lists = a.A * p.tiles, worth = p.keep * 3 / 2;
+  p.shards = least(up(a.N, worth > p.rows ? worth : p.rows), lists > 0 && lists < blocks ? blocks / lists : 1);
   p.direct = a.N <= p.keep;
   return p;
 }
@@ -58,124 +58,201 @@ __device__ inline float score_of(uint64_t p) {
 }
 __device__ inline int64_t candidate_row(uint64_t p) { return (int64_t)(uint32_t)p; }
 
+// Who cuts a list, a warp or the block: `reduce` gives all of them op over all.
 struct Warp {
-  int rank, size = 32;
-  __device__ Warp() : rank(threadIdx.x & 31) {}
+  int rank;
+  static constexpr int size = 32;
+  __device__ explicit Warp(uint32_t*) : rank(threadIdx.x & 31) {}
   __device__ void sync() const { __syncwarp(); }
+  template <class Op> __device__ uint32_t reduce(uint32_t v, Op op) {
+    for (int x = 16; x; x >>= 1) v = op(v, __shfl_xor_sync(kFull, v, x));
+    return v;
+  }
   // Lists that are shared out.
   __device__ int first() const { return threadIdx.x >> 5; }
   __device__ int step() const { return kWarps; }
 };
 struct Block {
-  int rank, size = kThreads;
-  __device__ Block() : rank(threadIdx.x) {}
+  uint32_t* slots;  // kSlots; reductions take turns, so that one barrier each is enough
+  int rank, turn = 0;
+  static constexpr int size = kThreads;
+  __device__ explicit Block(uint32_t* slots) : slots(slots), rank(threadIdx.x) {}
   __device__ void sync() const { __syncthreads(); }
+  template <class Op> __device__ uint32_t reduce(uint32_t v, Op op) {
+    v = Warp(nullptr).reduce(v, op);
+    uint32_t* of_warps = slots + turn;
+    turn ^= kWarps;
+    if ((threadIdx.x & 31) == 0) of_warps[threadIdx.x >> 5] = v;
+    __syncthreads();
+    v = of_warps[0];
+    for (int i = 1; i < kWarps; i++) v = op(v, of_warps[i]);
+    return v;
+  }
   __device__ int first() const { return 0; }
   __device__ int step() const { return 1; }
 };
+__device__ inline uint32_t lower(uint32_t a, uint32_t b) { return least(a, b); }
+__device__ inline uint32_t higher(uint32_t a, uint32_t b) { return a < b ? b : a; }
+__device__ inline uint32_t added(uint32_t a, uint32_t b) { return a + b; }
 
-// Leaves the `keep` least of a list's `size` candidates, in order, and nobody behind them in its first `keep` places; `capacity` is a power of two.
-template <class Team> __device__ inline void select(const Team& team, uint64_t* list, int size, int capacity) {
-  for (int i = size + team.rank; i < capacity; i += team.size) list[i] = kNobody;
+// Candidates in any order: what it holds never depends on theirs.
+struct List {
+  uint64_t *places, *theta;  // takes what is less than theta
+  int *size, capacity;       // more than the capacity: somebody waits
+
+  // False: it is full, to be offered again after a cut.
+  __device__ bool offer(uint64_t candidate) const {
+    if (candidate >= *theta) return true;
+    const int at = atomicAdd(size, 1);
+    if (at < capacity) places[at] = candidate;
+    return at < capacity;
+  }
+};
+
+// Of more than `most` candidates leaves the `keep` least, and of the others so few that they are not more than `most`: all up to a bound, found by
+// halving, that is theta from now on. No two are equal, so that there is one for every number.
+template <class Team> __device__ inline void cut(Team& team, const List& list, int keep, int most) {
+  const int n = least(*list.size, list.capacity);
+  if (n <= most) return;
+  uint64_t x[kShare];
+  uint32_t low = ~0u, high = 0, mine;
+#pragma unroll
+  for (int j = 0; j < kShare; j++) {
+    const int i = team.rank + j * team.size;
+    x[j] = kNobody;
+    if (i < n) x[j] = list.places[i], low = lower(low, x[j] >> 32), high = higher(high, x[j] >> 32);
+  }
+  uint64_t from = (uint64_t)team.reduce(low, lower) << 32, to = (uint64_t)team.reduce(high, higher) << 32 | 0xffffffffu, bound;
+  int all;
+  do {
+    bound = from + (to - from) / 2, mine = 0;
+#pragma unroll
+    for (int j = 0; j < kShare; j++) mine += x[j] <= bound;
+    all = (int)team.reduce(mine, added);
+    if (all < keep) from = bound + 1;
+    if (all > most) to = bound;
+  } while (all < keep || all > most);
   team.sync();
-  for (int run = 2; run <= capacity; run *= 2)
-    for (int apart = run / 2; apart; apart /= 2) {
-      for (int i = team.rank; i < capacity / 2; i += team.size) {
-        const int low = 2 * i - (i & (apart - 1)), high = low + apart;
-        const uint64_t x = list[low], y = list[high];
-        const bool ascending = (low & run) == 0;
-        if (ascending == (y < x)) list[low] = y, list[high] = x;
-      }
-      team.sync();
-    }
+  if (team.rank == 0) *list.size = 0, *list.theta = bound;
+  team.sync();
+  int at = atomicAdd(list.size, (int)mine);
+#pragma unroll
+  for (int j = 0; j < kShare; j++)
+    if (x[j] <= bound) list.places[at++] = x[j];
+  team.sync();
 }
 
 // ---- the scan ----
 
-template <int QUERIES, int ROWS> struct ScanBlock {
+// Four columns of which `left` exist, zeros behind them.
+template <class T> __device__ inline Packed<T> four(const T* from, int left, bool aligned) {
+  Packed<T> x{};
+  if (aligned && left >= 4) return *(const Packed<T>*)from;
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    if (e < left) x.v[e] = from[e];
+  return x;
+}
+
+struct ScanBlock {
   float *rows, *queries;
   double* scale;
-  uint64_t *theta, *lists;
+  uint64_t *theta, *places;
   int* size;
+  uint32_t* slots;
 
-  template <class A> __host__ __device__ ScanBlock(A& arena, int64_t capacity) {
-    rows = arena.template take<float>(ROWS * kStride), queries = arena.template take<float>(QUERIES * kStride);
-    scale = arena.template take<double>(QUERIES), size = arena.template take<int>(QUERIES);
-    theta = arena.template take<uint64_t>(QUERIES), lists = arena.template take<uint64_t>(QUERIES * capacity);
+  template <class A> __host__ __device__ ScanBlock(A& arena, const KnnPlan& p) {
+    rows = arena.template take<float>(p.rows * (kChunk + kPad)), queries = arena.template take<float>(p.queries * (p.columns + kPad));
+    scale = arena.template take<double>(p.queries), size = arena.template take<int>(p.queries), theta = arena.template take<uint64_t>(p.queries);
+    places = arena.template take<uint64_t>(p.queries * p.capacity), slots = arena.template take<uint32_t>(kSlots);
   }
 };
 
 // What float32 sums of D products may be wrong by, relative to the lengths; twice what is needed.
 __host__ __device__ inline double relative_error(int64_t D) { return (double)(2 * D + 16) / 16777216; }
 
-// The number whose least are wanted: of l2 the distance, of cosine -cos, of ip a lower bound of the distance over |q|. +inf: never a neighbour
-// at a finite distance; -inf: not to be told in float32.
-__device__ inline float score(int64_t metric, float sum, float n2, float error) {
-  float s = sum;
-  if (metric != kL2) {
-    const float norm = sqrtf(n2);
-    s = metric == kCosine ? -sum / fmaxf(norm, kEps) : -sum - error * (norm + 1e-18f);
-    if (n2 > 1e37f) return -infinity();
-  }
-  return is_finite(s) ? s : infinity();
+// The number whose least are wanted: of l2 the distance, of cosine -cos, of ip a lower bound of the distance over |q|. -inf: not to be told
+// in float32.
+template <int N> __device__ inline void to_scores(float (&sum)[N], int64_t metric, float n2, float error) {
+  if (metric == kL2) return;
+  const float norm = sqrtf(n2), factor = metric == kCosine ? 1 / fmaxf(norm, kEps) : 1, less = metric == kCosine ? 0 : error * (norm + 1e-18f);
+#pragma unroll
+  for (int j = 0; j < N; j++) sum[j] = n2 > 1e37f ? -infinity() : -sum[j] * factor - less;
 }
 
-struct alignas(16) Four {
-  float v[4];
-};
-
-// A thread has 4 queries and ROWS / (256 / COLUMNS) rows of the tile; a list is sorted by a warp, few of them by the whole block.
-template <class T, int COLUMNS, int ROWS, class Lists> __device__ void knn_scan(const KnnLaunch& launch) {
-  constexpr int RQ = 4, QUERIES = COLUMNS * RQ, STEP = kThreads / COLUMNS, RR = ROWS / STEP;
+// A thread has RQ queries and ROWS / (256 / COLUMNS) rows of the tile, and its part of the next rows on the way. Lists are cut by a warp each, few of
+// them by the whole block.
+template <class T, int COLUMNS, int RQ, int ROWS, class Lists> __device__ void knn_scan(const KnnLaunch& launch) {
+  constexpr int QUERIES = COLUMNS * RQ, STEP = kThreads / COLUMNS, RR = ROWS / STEP;
+  constexpr int STRIDE = kChunk + kPad, FOURS = kChunk / 4, LINES = kThreads / FOURS, LOADS = ROWS / LINES;
   MC_DYN_SHARED(shared);
   const KnnArgs& a = launch.a;
   const KnnPlan& p = launch.plan;
   Arena<false> arena(shared, 0, nullptr);
-  const ScanBlock<QUERIES, ROWS> block(arena, p.capacity);
+  const ScanBlock block(arena, p);
   const int64_t shard = blockIdx.x / p.tiles % p.shards, b = blockIdx.x / p.tiles / p.shards, q0 = blockIdx.x % p.tiles * QUERIES;
   const int64_t rows = rows_of(a, b), begin = rows * shard / p.shards, end = rows * (shard + 1) / p.shards;
   const T* keys = (const T*)a.keys + b * a.N * a.D;
-  const int warp = threadIdx.x / 32, keep = (int)p.keep, capacity = (int)p.capacity;
+  const bool aligned = a.D % 4 == 0 && ((uintptr_t)a.keys | (uintptr_t)a.query) % sizeof(Packed<T>) == 0, resident = a.D <= kMostColumns;
+  const int D = (int)a.D, keep = (int)p.keep, most = (int)p.most, stride = (int)p.columns + kPad;
+  const int line = threadIdx.x / FOURS, column = threadIdx.x % FOURS * 4;  // what a thread brings
+  const int first = threadIdx.x / COLUMNS;                                 // the first of its rows
   const float error = (float)relative_error(a.D);
-  const Warp team;
-  const Lists lists;
+  Lists team(block.slots);
+  const auto list = [&](int q) { return List{block.places + q * p.capacity, block.theta + q, block.size + q, (int)p.capacity}; };
 
-  for (int q = warp; q < QUERIES; q += kWarps) {
+  Packed<T> next[LOADS];
+  const auto fetch = [&](int64_t r0, int d) {
+    const T* from = keys + (r0 + line) * D + d;
+    const int there = (int)least<int64_t>(end - r0, ROWS) - line;  // of the rows from the thread's first on
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) next[i] = four(from + (int64_t)(i * LINES) * D, i * LINES < there ? D - d : 0, aligned);
+  };
+  fetch(begin, column);
+  for (int q = threadIdx.x / 8; q / 4 * 4 < QUERIES; q += kThreads / 8) {  // 8 threads each; a warp goes along as a whole
     double n2 = 0;
-    const bool there = q0 + q < a.Q;
+    const bool there = q < QUERIES && q0 + q < a.Q;
     const T* query = query_of<T>(a, b, q0 + q);
-    for (int64_t d = team.rank; there && d < a.D; d += 32) n2 += (double)wide(query[d]) * wide(query[d]);
-    n2 = group_total(n2, 32);
-    if (team.rank == 0) {
+    for (int d = threadIdx.x % 8; there && d < D; d += 8) n2 += (double)wide(query[d]) * wide(query[d]);
+    n2 = group_total(n2, 8);
+    if (threadIdx.x % 8 == 0 && q < QUERIES) {
       const double norm = sqrt(n2);
       block.scale[q] = a.metric == kL2 ? 1 : a.metric == kCosine ? 1 / fmax(norm, 1e-8) : norm > 0 ? 1 / norm : 0;
-      block.theta[q] = there && n2 - n2 == 0 ? kNobody : 0;  // 0: takes nobody
+      block.theta[q] = there && n2 - n2 == 0 ? kNobody : pack(-infinity(), 0);  // takes all or nobody
       block.size[q] = 0;
     }
   }
+  __syncthreads();
   for (int64_t r0 = begin; r0 < end; r0 += ROWS) {
     float sum[RR][RQ] = {}, n2[RR] = {};
-    for (int64_t d0 = 0; d0 == 0 || d0 < a.D; d0 += kChunk) {
+    for (int d0 = 0; d0 == 0 || d0 < D; d0 += kChunk) {
       __syncthreads();
-      for (int i = threadIdx.x; i < ROWS * kChunk; i += kThreads) {
-        const int r = i / kChunk, d = i % kChunk;
-        const bool on = r0 + r < end && d0 + d < a.D;
-        block.rows[r * kStride + d] = on ? wide(keys[(r0 + r) * a.D + d0 + d]) : 0;
+#pragma unroll
+      for (int i = 0; i < LOADS; i++) {
+        Numbers x;
+#pragma unroll
+        for (int e = 0; e < 4; e++) x.v[e] = wide(next[i].v[e]);
+        *(Numbers*)(block.rows + (line + i * LINES) * STRIDE + column) = x;
       }
-      for (int i = threadIdx.x; i < QUERIES * kChunk; i += kThreads) {
-        const int q = i / kChunk, d = i % kChunk;
-        const bool on = q0 + q < a.Q && d0 + d < a.D;
-        block.queries[q * kStride + d] = on ? (float)(block.scale[q] * wide(query_of<T>(a, b, q0 + q)[d0 + d])) : 0;
-      }
+      float* queries = block.queries + (resident ? d0 : 0);
+      if (r0 == begin || !resident)
+        for (int q = line; q < QUERIES; q += LINES) {
+          const int d = d0 + column;
+          const Packed<T> x = four(query_of<T>(a, b, q0 + q) + d, q0 + q < a.Q ? D - d : 0, aligned);
+#pragma unroll
+          for (int e = 0; e < 4; e++) queries[q * stride + column + e] = (float)(block.scale[q] * wide(x.v[e]));
+        }
       __syncthreads();
-      const float *row = block.rows + threadIdx.x / COLUMNS * kStride, *query = block.queries + threadIdx.x % COLUMNS * kStride;
+      const bool done = d0 + kChunk >= D;
+      fetch(done ? r0 + ROWS : r0, done ? column : d0 + kChunk + column);
+      const float *row = block.rows + first * STRIDE, *query = queries + threadIdx.x % COLUMNS * stride;
 #pragma unroll 2
       for (int d = 0; d < kChunk; d += 4) {
-        Four x[RQ], k[RR];
+        Numbers x[RQ], k[RR];
 #pragma unroll
-        for (int j = 0; j < RQ; j++) x[j] = *(const Four*)(query + j * COLUMNS * kStride + d);
+        for (int j = 0; j < RQ; j++) x[j] = *(const Numbers*)(query + j * COLUMNS * stride + d);
 #pragma unroll
-        for (int i = 0; i < RR; i++) k[i] = *(const Four*)(row + i * STEP * kStride + d);
+        for (int i = 0; i < RR; i++) k[i] = *(const Numbers*)(row + i * STEP * STRIDE + d);
         if (a.metric == kL2) {
 #pragma unroll
           for (int e = 0; e < 4; e++)
@@ -196,71 +273,52 @@ template <class T, int COLUMNS, int ROWS, class Lists> __device__ void knn_scan(
       }
     }
 #pragma unroll
-    for (int i = 0; i < RR; i++) {
-      const int64_t r = r0 + threadIdx.x / COLUMNS + i * STEP;
+    for (int i = 0; i < RR; i++) to_scores(sum[i], a.metric, n2[i], error);
+    uint32_t waiting = 0;  // a bit for each of the thread's pairs of row and query
 #pragma unroll
-      for (int j = 0; j < RQ; j++) {
-        const int q = threadIdx.x % COLUMNS + j * COLUMNS;
-        const uint64_t candidate = r < end ? pack(score(a.metric, sum[i][j], n2[i], error), r) : kNobody;
-        if (candidate < block.theta[q]) block.lists[(int64_t)q * capacity + atomicAdd(block.size + q, 1)] = candidate;  // in any order: it will be sorted
-      }
+    for (int j = 0; j < RQ; j++) {
+      const float bound = score_of(block.theta[threadIdx.x % COLUMNS + j * COLUMNS]);
+#pragma unroll
+      for (int i = 0; i < RR; i++)
+        if (!(sum[i][j] > bound) && r0 + first + i * STEP < end) waiting |= 1u << (i * RQ + j);
     }
-    __syncthreads();
-    for (int q = lists.first(); q < QUERIES; q += lists.step()) {
-      const int size = block.size[q];
-      if (size > capacity - ROWS) {
-        uint64_t* list = block.lists + (int64_t)q * capacity;
-        select(lists, list, size, capacity);
-        if (lists.rank == 0) block.size[q] = least(size, keep), block.theta[q] = list[keep - 1];
-      }
-    }
+    bool full;
+    do {
+#pragma unroll
+      for (int i = 0; i < RR; i++)
+#pragma unroll
+        for (int j = 0; j < RQ; j++) {
+          const uint32_t bit = 1u << (i * RQ + j);
+          // What is no number is +inf: never a neighbour at a finite distance.
+          const float score = fminf(sum[i][j], infinity());
+          if ((waiting & bit) != 0 && list(threadIdx.x % COLUMNS + j * COLUMNS).offer(pack(score, r0 + first + i * STEP))) waiting -= bit;
+        }
+      const bool some = waiting != 0;
+      full = __syncthreads_or(some);
+      for (int q = team.first(); full && q < QUERIES; q += team.step())
+        if (block.size[q] > (most + p.capacity) / 2) cut(team, list(q), keep, most);
+      if (full) __syncthreads();
+    } while (full);
   }
-  __syncthreads();
-  for (int q = lists.first(); q < QUERIES; q += lists.step()) {
-    if (q0 + q >= a.Q) continue;
-    uint64_t* list = block.lists + (int64_t)q * capacity;
-    select(lists, list, block.size[q], capacity);
-    uint64_t* to = launch.lists + ((b * a.Q + q0 + q) * keep) * p.shards + shard;
-    for (int i = lists.rank; i < keep; i += lists.size) to[i * p.shards] = list[i];
+  for (int q = team.first(); q < QUERIES && q0 + q < a.Q; q += team.step()) {
+    cut(team, list(q), keep, keep);
+    uint64_t* to = launch.lists + ((b * a.Q + q0 + q) * p.shards + shard) * keep;
+    for (int i = team.rank; i < keep; i += team.size) to[i] = i < block.size[q] ? block.places[q * p.capacity + i] : kNobody;
   }
 }
-template <class T> MC_KERNEL knn_scan_few_kernel(KnnLaunch launch) { knn_scan<T, 1, kFewRows, Block>(launch); }
-template <class T> MC_KERNEL knn_scan_many_kernel(KnnLaunch launch) { knn_scan<T, 8, kManyRows, Warp>(launch); }
+template <class T> MC_KERNEL_TWO knn_scan_one_kernel(KnnLaunch launch) { knn_scan<T, 1, 1, kFewRows, Block>(launch); }
+template <class T> MC_KERNEL_TWO knn_scan_few_kernel(KnnLaunch launch) { knn_scan<T, 1, kFewQueries, kFewRows, Block>(launch); }
+template <class T> MC_KERNEL_TWO knn_scan_many_kernel(KnnLaunch launch) { knn_scan<T, 8, kManyQueries / 8, kManyRows, Warp>(launch); }
 
 // ---- the finish ----
 
-// The block's one list: `offer` what it has not got, then `settle` all together.
-struct Best {
-  uint64_t *list, *theta;
-  int *size, keep, capacity;
+struct FinishBlock {
+  List list;
+  uint32_t* slots;
 
-  template <class A> __host__ __device__ Best(A& arena, const KnnPlan& p) : keep((int)p.keep), capacity((int)p.room) {
-    list = arena.template take<uint64_t>(p.room), theta = arena.template take<uint64_t>(1), size = arena.template take<int>(1);
-  }
-  __device__ void start() {
-    if (threadIdx.x == 0) *size = 0, *theta = kNobody;
-    __syncthreads();
-  }
-  // At most kThreads between two settlings.
-  __device__ bool offer(uint64_t candidate) {
-    const bool taken = candidate < *theta;
-    if (taken) list[atomicAdd(size, 1)] = candidate;
-    return taken;
-  }
-  // Whether any was taken.
-  __device__ bool settle(bool taken) {
-    const bool any = __syncthreads_or(taken);
-    const int n = *size;
-    __syncthreads();
-    if (n > capacity - kThreads) cut(n);
-    return any;
-  }
-  __device__ int cut(int n) {
-    select(Block(), list, n, capacity);
-    n = least(n, keep);
-    if (threadIdx.x == 0) *size = n, *theta = list[keep - 1];
-    __syncthreads();
-    return n;
+  template <class A> __host__ __device__ explicit FinishBlock(A& arena) {
+    list.places = arena.template take<uint64_t>(kPlaces), list.theta = arena.template take<uint64_t>(1), list.size = arena.template take<int>(1);
+    list.capacity = kPlaces, slots = arena.template take<uint32_t>(kSlots);
   }
 };
 
@@ -276,11 +334,37 @@ template <class T> MC_KERNEL knn_finish_kernel(KnnLaunch launch) {
   const KnnArgs& a = launch.a;
   const KnnPlan& p = launch.plan;
   Arena<false> arena(shared, 0, nullptr);
-  Best best(arena, p);
+  const FinishBlock block(arena);
+  const List& list = block.list;
+  Block team(block.slots);
   const int64_t item = blockIdx.x, b = item / a.Q, rows = rows_of(a, b);
+  const int keep = (int)p.keep, K = (int)a.K;
   const T *query = query_of<T>(a, b, item % a.Q), *keys = (const T*)a.keys + b * a.N * a.D;
   const bool nowhere = lost(query, a.D);
-  int n = 0;
+  const auto start = [&] {
+    if (threadIdx.x == 0) *list.size = 0, *list.theta = kNobody;
+    __syncthreads();
+  };
+  const auto settle = [&](uint64_t* candidates, int count) {
+    bool full;
+    do {
+      bool waiting = false;
+#pragma unroll
+      for (int j = 0; j < count; j++)
+        if (list.offer(candidates[j])) candidates[j] = kNobody;
+        else waiting = true;
+      full = __syncthreads_or(waiting);
+      if (full) cut(team, list, keep, (int)p.most);
+    } while (full);
+  };
+  // Leaves the `count` least; the highest score of them.
+  const auto last_of = [&](int count) {
+    cut(team, list, count, count);
+    uint32_t last = 0;
+    for (int i = threadIdx.x; i < *list.size; i += kThreads) last = higher(last, list.places[i] >> 32);
+    return score_of((uint64_t)team.reduce(last, higher) << 32);
+  };
+  start();
   if (!nowhere) {
     const Distance<T> distance(a, query);
     Norm norm;
@@ -294,46 +378,52 @@ template <class T> MC_KERNEL knn_finish_kernel(KnnLaunch launch) {
         if (distance.lane == 0 && on) put(i, pack(d, r));
       }
     };
-    best.start();
-    if (p.direct) {
-      n = (int)rows;
-      exact(rows, [](int64_t i) { return i; }, [&](int64_t i, uint64_t x) { best.list[i] = x; });
-      n = best.cut(n);
-    } else {
-      const uint64_t* lists = launch.lists + item * p.keep * p.shards;
-      int64_t quiet = 0;  // candidates in a row that nobody took: a shard's are ascending
-      for (int64_t i0 = 0; i0 < p.keep * p.shards && quiet < p.shards; i0 += kThreads) {
-        const int64_t i = i0 + threadIdx.x;
-        const uint64_t candidate = i < p.keep * p.shards ? lists[i] : kNobody;
-        quiet = best.settle(best.offer(candidate)) ? 0 : quiet + kThreads;
-      }
-      n = best.cut(*best.size);
-      const float others = score_of(best.list[best.keep - 1]);
-      __syncthreads();
-      exact(n, [&](int64_t i) { return i < n ? candidate_row(best.list[i]) : 0; }, [&](int64_t i, uint64_t x) { best.list[i] = x; });
-      n = best.cut(n);
-      const float last = score_of(best.list[a.K - 1]);
-      if (rows > n && !(last < lower_bound(a, others, sqrt(distance.own.n2)))) {
-        best.start();
-        const int64_t step = distance.step();
-        for (int64_t r0 = 0; r0 < rows; r0 += step) {
-          bool taken = false;
-          exact(least(step, rows - r0), [&](int64_t i) { return r0 + i; }, [&](int64_t, uint64_t x) { taken = best.offer(x); });
-          best.settle(taken);
+    bool certain = false;
+    if (!p.direct) {
+      const uint64_t* lists = launch.lists + item * p.shards * keep;
+      const int64_t all = p.shards * keep;
+      for (int64_t i0 = 0; i0 < all; i0 += kPlaces) {
+        uint64_t x[kShare];
+#pragma unroll
+        for (int j = 0; j < kShare; j++) {
+          const int64_t i = i0 + j * kThreads + threadIdx.x;
+          x[j] = i < all ? lists[i] : kNobody;
         }
-        n = best.cut(*best.size);
+        settle(x, kShare);
       }
+      const float others = last_of(keep);
+      const int n = *list.size;
+      exact(n, [&](int64_t i) { return i < n ? candidate_row(list.places[i]) : 0; }, [&](int64_t i, uint64_t x) { list.places[i] = x; });
+      __syncthreads();
+      certain = last_of(K) < lower_bound(a, others, sqrt(distance.own.n2)) || rows <= n;
+    }
+    if (!certain) {
+      start();
+      const int64_t step = distance.step();
+      for (int64_t r0 = 0; r0 < rows; r0 += step) {
+        uint64_t x = kNobody;
+        exact(least(step, rows - r0), [&](int64_t i) { return r0 + i; }, [&](int64_t, uint64_t found) { x = found; });
+        settle(&x, 1);
+      }
+      cut(team, list, K, K);
     }
   }
-  const float nan = __int_as_float(0x7fc00000);
-  for (int64_t k = threadIdx.x; k < a.K; k += kThreads) {
-    const bool on = k < n;
-    const uint64_t x = on ? best.list[k] : 0;
-    const float d = nowhere ? nan : on ? score_of(x) : infinity();
-    const int64_t to = item * a.K + k, row = on ? candidate_row(x) : -1;
+  const int n = *list.size;
+  const auto put = [&](int k, int64_t row, float d) {
+    const int64_t to = item * a.K + k;
     a.indices[to] = row, a.kept[to] = row;
     ((T*)a.distances)[to] = narrow<T>(d);
     if (a.found) a.found[to] = d;
+  };
+  for (int i = threadIdx.x; i < K; i += kThreads) {
+    if (i < n) {
+      const uint64_t x = list.places[i];
+      int before = 0;
+      for (int k = 0; k < n; k++) before += list.places[k] < x;
+      put(before, candidate_row(x), score_of(x));
+    } else {
+      put(i, -1, nowhere ? __int_as_float(0x7fc00000) : infinity());
+    }
   }
 }
 
@@ -348,15 +438,13 @@ template <class T> int64_t find(const KnnArgs& a, void* stream) {
   if (queries == 0 || a.K == 0) return 0;
   const KnnPlan p = knn_plan(a);
   const KnnLaunch launch{a, p, (uint64_t*)a.workspace};
-  const auto many = [&](auto& arena) { ScanBlock<kManyQueries, kManyRows>(arena, p.capacity); };
-  const auto few = [&](auto& arena) { ScanBlock<kFewQueries, kFewRows>(arena, p.capacity); };
   if (!p.direct) {
-    const int64_t blocks = a.A * p.tiles * p.shards;
-    const int64_t error = p.many ? mc_launch(knn_scan_many_kernel<T>, blocks, kThreads, bytes_of(many), a.device, stream, launch)
-                                 : mc_launch(knn_scan_few_kernel<T>, blocks, kThreads, bytes_of(few), a.device, stream, launch);
+    const int64_t shared = bytes_of([&](auto& arena) { ScanBlock(arena, p); });
+    const auto kernel = p.queries == 1 ? knn_scan_one_kernel<T> : p.queries == kFewQueries ? knn_scan_few_kernel<T> : knn_scan_many_kernel<T>;
+    const int64_t error = mc_launch(kernel, a.A * p.tiles * p.shards, kThreads, shared, a.device, stream, launch);
     if (error) return error;
   }
-  return mc_launch(knn_finish_kernel<T>, queries, kThreads, bytes_of([&](auto& arena) { Best(arena, p); }), a.device, stream, launch);
+  return mc_launch(knn_finish_kernel<T>, queries, kThreads, bytes_of([&](auto& arena) { FinishBlock finish(arena); }), a.device, stream, launch);
 }
 
 int64_t knn_find(const KnnArgs& a, void* stream) {

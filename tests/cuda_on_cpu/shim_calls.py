@@ -65,6 +65,11 @@ SEARCHES = [
     *(S(f"huge_{m}", _huge, {"k": 3, "metric": m}, B=2, N=60) for m in ("ip", "cosine")),
     S("no_numbers", _no_numbers, {"k": 12, "metric": "cosine"}, B=3, N=10),
     S("W0", None, {"k": 3}, B=2, N=60, W=0),
+    # Lists that fill: of a warp, of a block, the finish's, and that of all rows.
+    S("full_many", None, {"k": 3}, A=133, B=5, N=300, W=1),
+    S("full_few", None, {"k": 3}, A=133, B=1, N=600, W=1),
+    S("full_finish", None, {"k": 3}, B=5, N=7700, W=1),
+    S("full_again", _coarse, {"k": 3}, B=1, N=2200, W=1),
 ]
 
 # What the contract's samples leave out: more heads than a kernel takes at a time, nothing to choose from, powers below zero.

@@ -66,6 +66,79 @@ def test_any_number_of_shards(backend, metric):
     assert many[1][:, ::2].max() < 750 and torch.equal(many[1][:, ::2] + 750, many[1][:, 1::2])
 
 
+def whole(Q, N, D, order):
+    """Queries and keys of whole numbers, so that scores are distances, in an order of the keys that a search by tiles and lists may mind."""
+    g = torch.Generator().manual_seed(Q + N + D)
+    query = torch.randint(0, 2, (Q, D), generator=g)
+    keys = torch.randint(-3, 4, (N, D), generator=g)
+    keys[:, 0] += torch.arange(N) // {"ties": N, "steps": 40}.get(order, 1)
+    if order in ("falling", "steps"):  # every tile is nearer than those before
+        keys = keys.flip(0)
+    elif order == "last":  # all that are near in one shard
+        keys = keys.roll(-(N // 4), 0)
+    elif order == "no numbers":
+        keys = keys.float()
+        keys[: N // 2 : 2, -1], keys[1 : N // 2 : 2, 0], keys[N // 2 :: 3, 0] = torch.nan, torch.inf, 3e38
+    return query.float(), keys.float()
+
+
+def same_as_brute_force(Q, N, D, k, order, metric="l2", dtype=torch.float32):
+    query, keys = whole(Q, N, D, order)
+    wanted, at = brute_force(query, keys.nan_to_num(torch.inf), k, metric)
+    wanted = wanted.nan_to_num(torch.inf)
+    with cuda_shim.use():
+        d, i = knn_search(query.to(dtype), keys.to(dtype), k, metric=metric)
+    assert torch.equal(d, wanted.to(dtype)) and torch.equal(i, at)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "steps", "ties", "last", "no numbers"])
+@pytest.mark.parametrize("Q, k, N", [(1, 5, 2100), (4, 130, 2100), (6, 50, 1600), (33, 3, 1000), (6, 128, 1500)])
+def test_lists_that_are_full(Q, k, N, order):
+    """On one multiprocessor lists of the scan fill, in two blocks or one; ties are more than any list has places for."""
+    with cuda_shim.processors(1):
+        same_as_brute_force(Q, N, 3, k, order)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("order", ["rising", "falling", "ties"])
+def test_candidates_of_more_shards_than_the_finish_has_room_for(order, metric):
+    same_as_brute_force(5, 8000, 2, 3, order, metric)
+
+
+@pytest.mark.parametrize("Q, k", [(1, 4), (5, 4), (5, 100), (2, 140)])
+def test_numbers_of_rows_next_to_those_of_tiles_and_lists(Q, k):
+    keep = k + (32 if k <= 128 else k // 4)
+    edges = {keep, keep + 16, 128, 248, 256, keep + 512, 768} if Q == 1 else {keep, 128, 248, 2 * 128 + 248 - keep}
+    for N in sorted(n + more for n in edges for more in (-1, 0, 1) if n + more >= k):
+        for processors in (1, 132):
+            with cuda_shim.processors(processors):
+                same_as_brute_force(Q, N, 1, k, "falling")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [1, 4, 31, 36, 128, 132, 161])
+@pytest.mark.parametrize("Q", [1, 2, 37])
+def test_columns_of_any_number_and_place(Q, D, dtype):
+    """By fours and alone, in chunks, queries that stay in shared memory and others; tensors that begin anywhere."""
+    query, keys = (t / 16 for t in whole(Q, 300, D, "ties"))
+    wanted, at = brute_force(query, keys, 9)
+    for skip in (0, 1, 4):
+        placed = [torch.cat([torch.full((skip,), torch.nan), t.flatten()]).to(dtype)[skip:].view_as(t) for t in (query, keys)]
+        with cuda_shim.use(), cuda_shim.processors(2):
+            d, i = knn_search(*placed, 9)
+        assert torch.equal(d, wanted.to(dtype)) and torch.equal(i, at)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random:3"])
+def test_candidates_come_in_any_order(order):
+    query, keys = drawn(9, 1500, 4, 3, "normal", torch.float32)
+    with cuda_shim.use(), cuda_shim.processors(1):
+        wanted = [knn_search(query[:n], keys, 20) for n in (1, 9)]
+        with cuda_shim.schedule(order):
+            found = [knn_search(query[:n], keys, 20) for n in (1, 9)]
+    assert all(torch.equal(a, b) for f, w in zip(found, wanted) for a, b in zip(f, w))
+
+
 def test_gradients_of_rows_that_many_find(backend):
     """Against float64; some keys are found by every query, some by none."""
     g = torch.Generator().manual_seed(5)

@@ -41,6 +41,7 @@ OUT = ROOT / "build" / "ptx_on_cpu"
 sys.path.append(str(HERE.parent / "cuda_on_cpu"))
 
 BACKENDS = ("triton", "cuda")
+SETS = "knn_scan_"  # of these kernels' candidates, integers of 64 bits, the order is free
 
 
 @lru_cache(maxsize=None)
@@ -150,6 +151,12 @@ def array_of(t: Tensor) -> np.ndarray:
     return t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy() if t.numel() else np.empty(0, np.uint8)
 
 
+def same_sets(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether bytes are the same but for the order of their integers of 64 bits."""
+    n = len(a) // 8 * 8
+    return np.array_equal(np.sort(a[:n].view("u8")), np.sort(b[:n].view("u8"))) and np.array_equal(a[n:], b[n:])
+
+
 @dataclass
 class Record:
     """One launch that was run."""
@@ -226,7 +233,7 @@ class Emulator:
                 self.records.append(record)
             else:
                 for name, a, b in zip([*names, *[""] * len(arrays)], arrays, first):
-                    if not np.array_equal(a, b):
+                    if not np.array_equal(a, b) and not (SETS in kernel.program.name and same_sets(a, b)):
                         raise PtxError(f"{kernel.program.name}: {name or 'an array'} depends on the order of the warps (a barrier is missing)")
 
     def name(self, t: Tensor, parameter: str = "workspace") -> str:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import ptx_suite
-from cases import assert_close, case as case_of, step
+from cases import S, assert_close, case as case_of, step
 from contract import PAIRS, expected, run
 from ptx_machine import Kernel, PtxError
 from ptx_program import Module
@@ -78,3 +78,13 @@ def test_a_meeting_without_its_order_is_a_race(ordered, instead, monkeypatch):
     monkeypatch.setattr(ptx_suite, "nvcc_kernel", lambda op, symbol, arch: Kernel(module, symbol))
     with pytest.raises(PtxError, match="race"):
         check(Emulator("cuda", 80, orders=("lockstep",)), case_of("ntm_step"), MEETING, torch.float32)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("queries, rows", [(1, 1200), (6, 600)])
+def test_lists_of_a_search_that_fill(queries, rows):
+    """Two shards on one multiprocessor, whose lists are cut before the end, by the block and by its warps."""
+    import cuda_shim
+
+    with cuda_shim.processors(1):
+        check(Emulator("cuda", 90), case_of("knn_search"), S("full", None, {"k": 3}, B=queries, N=rows, W=3), torch.float32)
