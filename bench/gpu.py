@@ -428,6 +428,11 @@ def page(folder: Path) -> str:
         for shape, by in shapes.items():
             native, triton = (sum(by[b].values()) for b in ("native", "triton"))
             lines.append(f"| {op} | {shape} | {native:.1f} | {triton:.1f} | {native / triton:.2f} |")
+    profile = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+    columns = ("what", "kernel", "blocks", "us", "cycles", "warp instructions", "issued a cycle and scheduler", "warps a scheduler", "registers", "DRAM, % of peak")
+    lines += ["", "## A profile", "", f"{profile['note']} {profile['date']}, driver {profile['driver']}.", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    keys = ("what", "kernel", "blocks", "us", "cycles", "instructions", "issued", "warps", "registers", "dram %")
+    lines += ["| " + " | ".join(f"{row[k]:,}" if isinstance(row[k], int) else str(row[k]) for k in keys) + " |" for row in profile["rows"]]
     return "\n".join(lines) + "\n"
 
 

@@ -95,6 +95,7 @@ __device__ inline void write_read_of(const Writes& a, const T* rows, T* to, bool
 template <class T, class Put>
 __device__ inline void write_read(const Writes& a, const T* rows, T* to, bool write_first, float* scratch, Put read) {
   if (a.R <= 1) write_read_of<1>(a, rows, to, write_first, scratch, read);
+  else if (a.R <= 4) write_read_of<4>(a, rows, to, write_first, scratch, read);
   else write_read_of<8>(a, rows, to, write_first, scratch, read);
 }
 
@@ -170,7 +171,7 @@ __device__ inline void write_read_backward(
     Put put, Erase erase, Add add) {
   if (a.Hw <= 1 && a.R <= 1) write_read_backward_of<1, 1, PUT>(span, a, rows, dreads, write_first, dwrite, dread, scratch, grad, put, erase, add);
   else if (a.Hw <= 1) write_read_backward_of<1, 4, PUT>(span, a, rows, dreads, write_first, dwrite, dread, scratch, grad, put, erase, add);
-  else write_read_backward_of<4, 4, PUT>(span, a, rows, dreads, write_first, dwrite, dread, scratch, grad, put, erase, add);
+  else write_read_backward_of<3, 4, PUT>(span, a, rows, dreads, write_first, dwrite, dread, scratch, grad, put, erase, add);
 }
 
 // What gives, for a row n, the gradient of the memory that the writes and reads leave it: of the written memory's, grad(span, n), what the writes
