@@ -275,10 +275,10 @@ struct Span {
   template <int K, class Put> __device__ void sum(Numbers (&acc)[K], int count, float* scratch, Put put) const {
     const int columns = width(), most = 8 * kThreads / (kWarps * columns);  // sums at a time
 #pragma unroll
-    for (int k = 0; k < K; k++)
+    for (int i = 0; i < K; i++)
       for (int x = lanes; x < 32; x <<= 1)
 #pragma unroll
-        for (int j = 0; j < kSpan; j++) acc[k].v[j] += __shfl_xor_sync(kFull, acc[k].v[j], x);
+        for (int j = 0; j < kSpan; j++) acc[i].v[j] += __shfl_xor_sync(kFull, acc[i].v[j], x);
     for (int k0 = 0; k0 < count; k0 += most) {
       __syncthreads();
 #pragma unroll

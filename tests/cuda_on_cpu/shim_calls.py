@@ -23,7 +23,7 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # What the cases of ntm_sequence leave out: more sums than a block has threads. And small ones that reach every line of the kernel, for mutants.
 SEQUENCES = {
     **test_ntm_sequence.CASES,
-    "wide_controller": {"K": 70, "B": 1, "T": 2},
+    "wide_controller": {"K": 260, "B": 1, "T": 1},
     "many_inputs": {"X": 270, "B": 1, "T": 2, "lstm": False, "layers": 2},
     "small_lengths": {"T": 3, "B": 2, "lengths": [3, 1], "checkpoint_every": 2},
     "small_heads": {"T": 2, "B": 1, "R": 5, "Hw": 2, "layers": 2, "clip": 0.5},
@@ -54,6 +54,13 @@ def _huge(x: dict) -> None:
     x["keys"][::2] *= 1e22
 
 
+def _one_sphere(x: dict) -> None:
+    """The first rows are as near as each other to float32 sums, but not to exact ones, and more than a list keeps; the others are far away."""
+    x["query"][:] = 0
+    x["keys"] /= x["keys"].norm(dim=-1, keepdim=True)
+    x["keys"][x["keys"].shape[0] // 2 :] *= 3
+
+
 # Ties beyond what a list keeps, several shards, lists that are cut, several tiles of queries, columns in chunks; at the end no columns at all.
 SEARCHES = [
     *(S(f"coarse_{m}", _coarse, {"k": 4, "metric": m}, B=2, N=150, W=3) for m in ("l2", "ip", "cosine")),
@@ -70,6 +77,7 @@ SEARCHES = [
     S("full_few", None, {"k": 3}, A=133, B=1, N=600, W=1),
     S("full_finish", None, {"k": 3}, B=5, N=7700, W=1),
     S("full_again", _coarse, {"k": 3}, B=1, N=2200, W=1),
+    S("one_sphere", _one_sphere, {"k": 3}, B=1, N=512, W=100),
 ]
 
 # What the contract's samples leave out: more heads than a kernel takes at a time, nothing to choose from, powers below zero.

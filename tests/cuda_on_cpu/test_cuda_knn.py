@@ -91,6 +91,21 @@ def same_as_brute_force(Q, N, D, k, order, metric="l2", dtype=torch.float32):
     assert torch.equal(d, wanted.to(dtype)) and torch.equal(i, at)
 
 
+@pytest.mark.parametrize("Q", [1, 6])
+def test_rows_that_float32_cannot_tell_apart(Q):
+    """More of them than a list keeps, in the first shard; those of the others, which are there too, tell nothing of them."""
+    g = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(512, 100, generator=g, dtype=torch.float64), dim=1)
+    keys[256:] *= 3
+    query, keys = torch.zeros(Q, 100), keys.float()
+    d, i = brute_force(query, keys, 5, "l2")
+    near = (keys.double() ** 2).sum(1).float()
+    assert (near == d[0, 4]).sum() > 1  # ties after all, told apart by their rows
+    with cuda_shim.use():
+        found, at = knn_search(query, keys, 5)
+    assert torch.equal(found, d) and torch.equal(at, i)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling", "steps", "ties", "last", "no numbers"])
 @pytest.mark.parametrize("Q, k, N", [(1, 5, 2100), (4, 130, 2100), (6, 50, 1600), (33, 3, 1000), (6, 128, 1500)])
 def test_lists_that_are_full(Q, k, N, order):
