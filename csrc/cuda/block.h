@@ -331,8 +331,8 @@ __device__ inline void dots_of(const T* rows, int N, int W, const float* vec, in
         for (Span part = span; part.w0 < W; part.w0 += part.width()) {
           const Numbers m = part.load(row);
 #pragma unroll
-          for (int j = 0; j < HC; j++)
-            if (j < count) sums[j] += dot(m, part.load(vec + (h0 + j) * W));
+          for (int i = 0; i < HC; i++)
+            if (i < count) sums[i] += dot(m, part.load(vec + (h0 + i) * W));
           sums[HC] += dot(m, m);
         }
       }

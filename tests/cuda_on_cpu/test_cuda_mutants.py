@@ -36,7 +36,7 @@ HARMLESS = {
     ("content_addressing.cu", "loop", "h0 < s.H", ""): _TURN,
     ("block.h", "loop", "part.w0 < W", ""): _TURN,
     ("block.h", "loop", "k0 < count", ""): "one turn more of a loop, over sums that are not there: only barriers",
-    ("block.h", "loop", "j < HC", "          for (int j"): "j < count <= HC stops it",
+    ("block.h", "loop", "i < HC", ""): "i < count <= HC stops it",
     ("erase_add_write.cu", "loop", "span.w0 < a.W", ""): _TURN,
     ("lrua_write.cu", "loop", "span.w0 < a.W", ""): _TURN,
     ("lrua_write.cu", "loop", "span.w0 < W", ""): _TURN,
