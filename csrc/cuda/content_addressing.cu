@@ -1,5 +1,5 @@
-// Content addressing: a block for each batch element. Forward: the memory is read once. Backward: once if it fits shared memory,
-// else twice; the gradient of a memory shared by the batch is a second launch.
+// Content addressing: a block for each batch element. Forward: the memory is read once (up to 7 heads at a time). Backward: once if it fits
+// shared memory, else twice (up to 5 heads at a time); the gradient of a memory shared by the batch is a second launch.
 #include "content_addressing.h"
 
 #include "addressing.h"

@@ -1,5 +1,5 @@
 // Erase/add writes. Forward: tiles of rows, memory once in, once out (in place too: an element is read before it is written, by one
-// thread). Backward: a block for each batch element, memory and gradient read once.
+// thread). Backward: a block for each batch element, memory and gradient read once (up to 3 heads at a time).
 #include "erase_add_write.h"
 
 #include "write.h"

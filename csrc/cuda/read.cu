@@ -1,4 +1,4 @@
-// Reads: a block for each batch element. The memory is read once forward and once backward (up to 8 heads at a time); the gradient
+// Reads: a block for each batch element. The memory is read once forward and once backward (up to 7 heads at a time); the gradient
 // of a memory shared by the batch is a second launch.
 #include "read.h"
 
@@ -14,7 +14,7 @@ struct ReadLaunch {
   float* d;  // shared memory's backward: the weights in float32, [B, H, N]
 };
 
-// Eight heads share one look at a row; for more the memory is staged, so that it is read once all the same.
+// Seven heads share one look at a row; for more the memory is staged, so that it is read once all the same.
 template <class T> struct ReadBlock {
   float *scratch, *weights, *grad;
   T* rows;
@@ -23,13 +23,13 @@ template <class T> struct ReadBlock {
     if (!backward) scratch = arena.template take<float>(8 * kThreads);
     if (backward) grad = arena.template take<float>(a.H * a.W);
     weights = arena.template take<float>(a.H * a.N);
-    if (staged && a.H > 8) rows = arena.template take<T>(staged_size<T>(a.N * a.W));
+    if (staged && a.H > 7) rows = arena.template take<T>(staged_size<T>(a.N * a.W));
   }
 
   // Weights of element b, visible to all; returns its rows.
   __device__ const T* load(const ReadArgs& a, int64_t b, bool staged_) {
     const T* from = (const T*)a.memory + b * a.memory_stride;
-    const bool in_shared = staged_ && a.H > 8;
+    const bool in_shared = staged_ && a.H > 7;
     if (in_shared) from = stage(rows, from, (int)(a.N * a.W));
     widen(weights, (const T*)a.weights + b * a.H * a.N, a.H * a.N);
     if (in_shared) staged();
