@@ -131,7 +131,7 @@ __device__ inline float key_coefficient(const Similarity& s, int h, float total)
   return s.cosine && s.ik[h] < 1 / kEps ? total * s.ik[h] * s.ik[h] : 0;
 }
 
-// The pass over the rows. span: of all arrays of rows; base(span) gives what gives, for a row n, the numbers that the memory's gradient starts from; dmemory(span, n, x) and
+// The pass over the rows. span: of all arrays of rows; base(span)(n) is what the memory's gradient of row n starts from; dmemory(span, n, x) and
 // dkey(h, w, x) take results. scratch: 8 * kThreads floats.
 template <int HC, class T, class Base, class PutM, class PutK>
 __device__ inline void similarity_rows_of(
