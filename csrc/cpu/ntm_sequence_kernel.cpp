@@ -71,7 +71,7 @@ template <class C> struct Sequence {
     p.layout(arena, l);
     p.key = s.similar.key, p.strength = s.beta, p.gate = s.gate, p.shift = s.shift, p.gamma = s.gamma;
     arena.take(x, up16(I)), arena.take(reads, a.R * Wp);
-    arena.take(current, group * M), arena.take(first, group * H * Np), arena.take(partial, (parts - 1) * stride());
+    arena.take(current, group * M), arena.take(first, group * H * Np), arena.take(partial, (parts - 1) * stride()), arena.take(scratch, parts * room());
     if (!backward) {
       arena.take(hidden, a.layers * group * K), arena.take(cell, a.layers * group * K);
       arena.take(feedback, group * F), arena.take(output, group * up16(a.O));
@@ -79,7 +79,7 @@ template <class C> struct Sequence {
     }
     d.layout(arena, l);
     arena.take(dw, H * Np), arena.take(dprevious, H * Np), arena.take(own, Np), arena.take(key_own, H);
-    arena.take(dreads, a.R * Wp), arena.take(found, a.R * Np), arena.take(scratch, parts * (2 * a.W + 1) * a.Hw * L), arena.take(written, fused ? 0 : M);
+    arena.take(dreads, a.R * Wp), arena.take(found, a.R * Np), arena.take(written, fused ? 0 : M);
     arena.take(carried, group * H * Np), arena.take(dh, a.layers * group * up16(K)), arena.take(dcell, a.layers * group * K);
     arena.take(dfeedback, group * F), arena.take(dfeatures, group * up16(K + F));
     int64_t widest = 0;
@@ -135,6 +135,10 @@ template <class C> struct Sequence {
     each((H + side - 1) / side, [&](int64_t i) { f(i * side, (int)(H - i * side < side ? H - i * side : side)); });
   }
   int64_t stride() const { return 2 * (H * Wp + 16); }  // of the parts' sums
+  int64_t room() const {                                 // of the parts' scratch
+    const int64_t one = tile_scratch<C>(a.W), several = (2 * a.W + 1) * a.Hw * L;
+    return one > several ? one : several;
+  }
   // Where part i adds up n numbers that end in `total`, zeros at first; at the end all are added to it in order.
   C* sums_of(int64_t i, C* total, int64_t n) const {
     C* to = i == 0 ? total : partial + (i - 1) * stride();
@@ -167,7 +171,7 @@ template <class C> struct Sequence {
     each_part([&](int64_t i, int64_t t, int64_t n) {
       C *rows = m + t * a.W * L, *found = sums_of(i, reads, a.R * Wp);
       const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
-      if (fused) return tile_write_read(rows, n, a.W, ww, p.erase, p.add, wr, Np, a.R, found, Wp);
+      if (fused) return tile_write_read(rows, n, a.W, ww, p.erase, p.add, wr, Np, a.R, found, Wp, scratch + i * room());
       if (!a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp);
       if (a.Hw > 0) tile_erase_add(rows, rows, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
       if (a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp);
@@ -256,7 +260,7 @@ template <class C> struct Sequence {
     m += t * a.W * L, g += t * a.W * L;
     const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
     C *dwr = dweights + t * L, *dww = dwr + a.R * Np, *derase = sums, *dadd = sums + V;
-    if (fused) return tile_write_read_backward(g, m, n, a.W, ww, p.erase, p.add, wr, Np, a.R, dreads, Wp, dwr, dww, derase, dadd);
+    if (fused) return tile_write_read_backward(g, m, n, a.W, ww, p.erase, p.add, wr, Np, a.R, dreads, Wp, dwr, dww, derase, dadd, scratch + q * room());
     if (a.R > 0) {
       const C* seen = m;
       if (a.write_first && a.Hw > 0) {
@@ -268,7 +272,7 @@ template <class C> struct Sequence {
         for (int64_t j = h * Np; j < h * Np + n * L; j += L) store(dwr + j, load(dwr + j) + load(found + t * L + j));
       if (a.write_first) tile_scatter(g, n, a.W, wr, Np, a.R, dreads, Wp);
     }
-    tile_erase_add_backward(g, m, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp, dww, derase, dadd, scratch + q * (2 * a.W + 1) * a.Hw * L);
+    tile_erase_add_backward(g, m, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp, dww, derase, dadd, scratch + q * room());
     if (a.R > 0 && !a.write_first) tile_scatter(g, n, a.W, wr, Np, a.R, dreads, Wp);
   }
 
@@ -288,7 +292,7 @@ template <class C> struct Sequence {
     each_heads([&](int64_t h, int heads) { s.backward_heads(h, heads, dweights, d.strength, d.gate, d.shift, d.gamma, dprevious); });
     s.similar.backward(dweights, own, key_own);
     each_part([&](int64_t q, int64_t t, int64_t n) {
-      tile_pull_push(g + t * a.W * L, m + t * a.W * L, n, a.W, dweights + t * L, Np, H, p.key, sums_of(q, d.key, H * Wp), Wp, own + t * L);
+      tile_pull_push(g + t * a.W * L, m + t * a.W * L, n, a.W, dweights + t * L, Np, H, p.key, sums_of(q, d.key, H * Wp), Wp, own + t * L, scratch + q * room());
     });
     add_parts(d.key, H * Wp);
     for (int64_t h = 0; h < H; h++)

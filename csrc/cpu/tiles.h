@@ -46,6 +46,29 @@ template <int B, class F> MC_INLINE void over_columns(int64_t W, F f) {
   for (; w < W; w++) f(w, Number<1>{});
 }
 
+// With few registers several heads' sums down the slots do not stay in them. Then memories are swept in the order they lie in, some tiles at a
+// time, and the sums of every column wait in `scratch`: kMostHeads (two for a write head) vectors a column.
+template <int H> constexpr bool kInOrder = kBytes < 64 && H > 1;
+template <class C> MC_INLINE int64_t tile_scratch(int64_t W) { return kMostHeads * W * Lanes<C>::n; }
+
+// sweep(first tile, Number<how many>) over all tiles, B at a time; `sums` holds n vectors a column, whose sums put(column, n numbers) gets.
+template <int n, int B, class C, class F, class P> MC_INLINE void in_order(int64_t tiles, int64_t W, C* sums, F sweep, P put) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t i = 0; i < n * W; i++) store(sums + i * L, Vec<C>{});
+  int64_t t = 0;
+  for (; t + B <= tiles; t += B) sweep(t, Number<B>{});
+  if constexpr (B > 1)
+    for (; t < tiles; t++) sweep(t, Number<1>{});
+  for (int64_t w = 0; w < W; w++) {
+    Vec<C> v[n];
+    C found[n + 4];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) v[i] = load(sums + (w * n + i) * L);
+    sum_all<n>(v, found);
+    put(w, found);
+  }
+}
+
 // out[h][n] = sum over w of k[h][w] m[n][w]; norm2[n] too unless it is null.
 template <int HB, bool NORM, int TB, class C>
 MC_INLINE void tile_dots_of(const C* m, int64_t W, const C* k, int64_t ldk, C* out, int64_t ldo, C* norm2) {
@@ -169,8 +192,39 @@ inline void tile_erase_add(C* out, const C* m, int64_t tiles, int64_t W, const C
 
 // One write head and R <= kMostHeads reads of what it writes, in one pass: m = m (1 - c e) + c a, r[h][w] += sum over n of k[h][n] m[n][w].
 template <int R, class C>
-MC_INLINE void tile_write_read_of(C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr) {
+MC_INLINE void tile_write_read_of(
+    C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr, C* scratch) {
   constexpr int L = Lanes<C>::n;
+  if constexpr (kInOrder<R>) {
+    const auto sweep = [&](int64_t t0, auto count) __attribute__((always_inline)) {
+      constexpr int B = count.value;
+      C* mt = m + t0 * W * L;
+      Vec<C> x[B];
+#pragma GCC unroll 4
+      for (int t = 0; t < B; t++) x[t] = load(c + (t0 + t) * L);
+      for (int64_t w = 0; w < W; w++) {
+        const Vec<C> ev = splat(e[w]), av = splat(a[w]);
+        Vec<C> v[B];
+#pragma GCC unroll 4
+        for (int t = 0; t < B; t++) {
+          C* at = mt + (t * W + w) * L;
+          v[t] = load(at) * (1 - x[t] * ev) + x[t] * av;
+          store(at, v[t]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+          C* to = scratch + (w * R + i) * L;
+          Vec<C> acc = load(to);
+#pragma GCC unroll 4
+          for (int t = 0; t < B; t++) acc += load(k + i * ldk + (t0 + t) * L) * v[t];
+          store(to, acc);
+        }
+      }
+    };
+    return in_order<R, 4>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) {
+      for (int i = 0; i < R; i++) r[i * ldr + w] += found[i];
+    });
+  }
   for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
     const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
     over_columns<R <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
@@ -204,8 +258,9 @@ MC_INLINE void tile_write_read_of(C* m, int64_t tiles, int64_t W, const C* c, co
   }
 }
 template <class C>
-inline void tile_write_read(C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, C* r, int64_t ldr) {
-  with_count(R, [&](auto reads) { tile_write_read_of<(reads.value > 0 ? reads.value : 1)>(m, tiles, W, c, e, a, k, ldk, r, ldr); });
+inline void tile_write_read(
+    C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, C* r, int64_t ldr, C* scratch) {
+  with_count(R, [&](auto reads) { tile_write_read_of<(reads.value > 0 ? reads.value : 1)>(m, tiles, W, c, e, a, k, ldk, r, ldr, scratch); });
 }
 
 // Backward of tile_write_read, R = 0 being a write alone. dr: gradients of the read vectors; g: of the memory written, in place that of m.
@@ -214,8 +269,37 @@ inline void tile_write_read(C* m, int64_t tiles, int64_t W, const C* c, const C*
 template <int R, class C>
 MC_INLINE void tile_write_read_backward_of(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr, int64_t ldr, C* dk,
-    C* dc, C* de, C* da) {
+    C* dc, C* de, C* da, C* scratch) {
   constexpr int L = Lanes<C>::n;
+  if constexpr (kInOrder<R>) {
+    const auto sweep = [&](int64_t t, auto) __attribute__((always_inline)) {
+      const Vec<C> x = load(c + t * L);
+      Vec<C> dx = load(dc + t * L), dy[R];
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) dy[i] = load(dk + i * ldk + t * L);
+      for (int64_t w = 0; w < W; w++) {
+        const int64_t at = (t * W + w) * L;
+        C* to = scratch + 2 * w * L;
+        const Vec<C> ev = splat(e[w]), av = splat(a[w]), mv = load(m + at), f = 1 - x * ev, v = mv * f + x * av;
+        Vec<C> gv = load(g + at);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+          const Vec<C> d = splat(dr[i * ldr + w]);
+          dy[i] += d * v;
+          gv += load(k + i * ldk + t * L) * d;
+        }
+        const Vec<C> xg = x * gv;
+        dx += gv * (av - ev * mv);
+        store(to, load(to) - xg * mv);
+        store(to + L, load(to + L) + xg);
+        store(g + at, gv * f);
+      }
+      store(dc + t * L, dx);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) store(dk + i * ldk + t * L, dy[i]);
+    };
+    return in_order<2, 1>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) { de[w] += found[0], da[w] += found[1]; });
+  }
   for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
     const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
     over_columns<R <= 1 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
@@ -258,8 +342,8 @@ MC_INLINE void tile_write_read_backward_of(
 template <class C>
 inline void tile_write_read_backward(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, const C* dr, int64_t ldr,
-    C* dk, C* dc, C* de, C* da) {
-  with_count(R, [&](auto reads) { tile_write_read_backward_of<reads.value>(g, m, tiles, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da); });
+    C* dk, C* dc, C* de, C* da, C* scratch) {
+  with_count(R, [&](auto reads) { tile_write_read_backward_of<reads.value>(g, m, tiles, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da, scratch); });
 }
 
 // Backward of tile_erase_add for any number of heads; formulas at rows.h's erase_add_backward. `scratch` holds (2 W + 1) H vectors.
@@ -268,7 +352,7 @@ inline void tile_erase_add_backward(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda, C* dc, C* de, C* da,
     C* scratch) {
   if (H == 0) return;
-  if (H == 1) return tile_write_read_backward(g, m, tiles, W, c, e, a, c, ldc, 0, a, lda, dc, dc, de, da);
+  if (H == 1) return tile_write_read_backward(g, m, tiles, W, c, e, a, c, ldc, 0, a, lda, dc, dc, de, da, scratch);
   constexpr int L = Lanes<C>::n;
   C *before = scratch, *sums = scratch + H * L;  // products of the factors before head h; (de, da) of every head and column
   for (int64_t i = 0; i < 2 * W * H; i++) store(sums + i * L, Vec<C>{});
@@ -301,8 +385,42 @@ inline void tile_erase_add_backward(
 
 // The rows' part of a similarity's backward: g += sum over h of c[h] key_h - own m, dkey[h][w] += sum over n of c[h][n] m[n][w].
 template <int HB, bool OWN, class C>
-MC_INLINE void tile_pull_push_of(C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own) {
+MC_INLINE void tile_pull_push_of(
+    C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own, C* scratch) {
   constexpr int L = Lanes<C>::n;
+  if constexpr (kInOrder<HB - 1>) {
+    const auto sweep = [&](int64_t t0, auto count) __attribute__((always_inline)) {
+      constexpr int B = count.value;
+      Vec<C> x[HB][B];
+#pragma GCC unroll 8
+      for (int i = 0; i < HB; i++)
+#pragma GCC unroll 4
+        for (int t = 0; t < B; t++) x[i][t] = load(c + i * ldc + (t0 + t) * L);
+      for (int64_t w = 0; w < W; w++) {
+        Vec<C> mv[B], gv[B];
+#pragma GCC unroll 4
+        for (int t = 0; t < B; t++) {
+          const int64_t at = ((t0 + t) * W + w) * L;
+          mv[t] = load(m + at), gv[t] = load(g + at);
+          if (OWN) gv[t] -= load(own + (t0 + t) * L) * mv[t];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < HB; i++) {
+          C* to = scratch + (w * HB + i) * L;
+          const Vec<C> kv = splat(key[i * ldk + w]);
+          Vec<C> acc = load(to);
+#pragma GCC unroll 4
+          for (int t = 0; t < B; t++) gv[t] += x[i][t] * kv, acc += x[i][t] * mv[t];
+          store(to, acc);
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < B; t++) store(g + ((t0 + t) * W + w) * L, gv[t]);
+      }
+    };
+    return in_order<HB, 2>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) {
+      for (int i = 0; i < HB; i++) dkey[i * ldk + w] += found[i];
+    });
+  }
   for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
     const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
     over_columns<HB <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
@@ -336,12 +454,12 @@ MC_INLINE void tile_pull_push_of(C* g, const C* m, int64_t tiles, int64_t W, con
 }
 template <class C>
 inline void tile_pull_push(
-    C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk, const C* own) {
+    C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk, const C* own, C* scratch) {
   for (int64_t h = 0; h < H; h += kMostHeads)
     with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
       constexpr int HB = heads.value > 0 ? heads.value : 1;
-      if (h == 0) tile_pull_push_of<HB, true>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own);
-      else tile_pull_push_of<HB, false>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own);
+      if (h == 0) tile_pull_push_of<HB, true>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own, scratch);
+      else tile_pull_push_of<HB, false>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own, scratch);
     });
 }
 
