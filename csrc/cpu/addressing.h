@@ -38,32 +38,45 @@ template <class C> MC_INLINE void fill(C* p, int64_t n, C x) {
 
 // The first `valid` lanes of v, 0 in the others.
 template <class C> MC_INLINE Vec<C> first(Vec<C> v, int64_t valid) {
-  if (__builtin_expect(valid < Lanes<C>::n, 0))
-    for (int64_t i = valid; i < Lanes<C>::n; i++) v[i] = 0;
+  if (__builtin_expect(valid < Lanes<C>::n, 0)) {
+    C lane[Lanes<C>::n];  // through memory here alone: a vector that is indexed would lie there always
+    store(lane, v);
+    for (int64_t i = valid > 0 ? valid : 0; i < Lanes<C>::n; i++) lane[i] = 0;
+    v = load(lane);
+  }
   return v;
 }
 
-// Sums of any length to rounding: lanes in C for a while, then double.
-template <class C> class Total {
+// Sums of any length to rounding, n of them: lanes in C for a while, then double.
+template <class C, int n> class Totals {
  public:
-  MC_INLINE void add(Vec<C> v) {
-    lanes_ += v;
+  MC_INLINE void add(const Vec<C>* v) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) lanes_[i] += v[i];
     if (++count_ == 64) flush();
   }
-  MC_INLINE C value() {
+  MC_INLINE C value(int i) {
     flush();
-    return (C)total_;
+    return (C)total_[i];
   }
 
  private:
   MC_INLINE void flush() {
-    total_ += (double)sum<C>(lanes_);
-    lanes_ = Vec<C>{};
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) total_[i] += (double)sum<C>(lanes_[i]), lanes_[i] = Vec<C>{};
     count_ = 0;
   }
-  Vec<C> lanes_{};
+  Vec<C> lanes_[n]{};
   int count_ = 0;
-  double total_ = 0;
+  double total_[n]{};
+};
+template <class C> class Total {
+ public:
+  MC_INLINE void add(Vec<C> v) { one_.add(&v); }
+  MC_INLINE C value() { return one_.value(0); }
+
+ private:
+  Totals<C, 1> one_;
 };
 
 constexpr double kEps = 1e-8;
@@ -214,13 +227,23 @@ template <class C> MC_INLINE C score_extreme(const C* sim, int64_t N, C beta, co
 template <class C> MC_INLINE C score_from(C* w, const C* sim, int64_t N, int64_t Np, C beta, C extreme, const bool* mask) {
   constexpr int L = Lanes<C>::n;
   Total<C> total;
-  for (int64_t n = 0; n < Np; n += L) {
-    Vec<C> e = first<C>(exp_negative(beta * (load(sim + n) - extreme)), N - n);
-    if (mask)
-      for (int64_t i = 0; i < L && n + i < N; i++) e[i] = mask[n + i] ? e[i] : 0;
-    store(w + n, e);
-    total.add(e);
-  }
+  abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
+    constexpr int B = count.value;
+    Vec<C> e[B];
+    each_of<B>([&](int i) { e[i] = beta * (load(sim + n + i * L) - extreme); });
+    exp_negatives<B>(e);
+    for (int i = 0; i < B; i++) {
+      e[i] = first<C>(e[i], N - n - i * L);
+      if (mask) {
+        C lane[L];
+        store(lane, e[i]);
+        for (int64_t j = 0; j < L && n + i * L + j < N; j++) lane[j] = mask[n + i * L + j] ? lane[j] : 0;
+        e[i] = load(lane);
+      }
+      store(w + n + i * L, e[i]);
+      total.add(e[i]);
+    }
+  });
   return 1 / total.value();
 }
 template <class C> inline Scores<C> score(C* w, const C* sim, int64_t N, int64_t Np, C beta, const bool* mask) {
@@ -281,6 +304,16 @@ template <class C> MC_INLINE int64_t ring_size(int64_t Np, int64_t R) { return N
 // out_i = sum over j of s[j + R] w[(i - j) mod N]; ring is w unrolled.
 template <class C> MC_INLINE void shift_row(C* out, const C* ring, const C* s, int64_t N, int64_t Np, int64_t R) {
   constexpr int L = Lanes<C>::n;
+  if (R == 1) {  // the usual range
+    const Vec<C> s0 = splat(s[0]), s1 = splat(s[1]), s2 = splat(s[2]);
+    for (int64_t n = 0; n < Np; n += L) {
+      Vec<C> v = s0 * load(ring + n + 2);
+      v += s1 * load(ring + n + 1);
+      v += s2 * load(ring + n);
+      store(out + n, first<C>(v, N - n));
+    }
+    return;
+  }
   for (int64_t n = 0; n < Np; n += L) {
     Vec<C> v = s[0] * load(ring + n + 2 * R);
     for (int64_t j = 1; j <= 2 * R; j++) v += s[j] * load(ring + n + 2 * R - j);
@@ -292,6 +325,24 @@ template <class C> MC_INLINE void shift_row(C* out, const C* ring, const C* s, i
 template <class C>
 MC_INLINE void shift_backward(C* dw, C* ds, const C* dring, const C* ring, const C* s, int64_t N, int64_t Np, int64_t R) {
   constexpr int L = Lanes<C>::n;
+  if (dw && R == 1) {  // the usual range, in one pass
+    Totals<C, 3> t;
+    const Vec<C> s0 = splat(s[0]), s1 = splat(s[1]), s2 = splat(s[2]);
+    for (int64_t n = 0; n < Np; n += L) {
+      const Vec<C> d = load(dring + n + 1);
+      Vec<C> v = s0 * load(dring + n), x[3] = {d * load(ring + n + 2), d * load(ring + n + 1), d * load(ring + n)};
+      v += s1 * d;
+      v += s2 * load(dring + n + 2);
+      if (__builtin_expect(N - n < L, 0)) {
+        v = first<C>(v, N - n);
+        for (int j = 0; j < 3; j++) x[j] = first<C>(x[j], N - n);
+      }
+      store(dw + n, v);
+      t.add(x);
+    }
+    for (int j = 0; j < 3; j++) ds[j] += t.value(j);
+    return;
+  }
   if (dw)
     for (int64_t n = 0; n < Np; n += L) {
       Vec<C> v = s[0] * load(dring + n);
@@ -351,16 +402,21 @@ template <class C, bool LOG, bool KNOWN> MC_INLINE C sharpen_from(C* p, C* ratio
   }
   Total<C> total;
   const Ratio<C> ratio(extreme);
-  for (int64_t n = 0; n < Np; n += L) {
-    const Vec<C> v = load(w + n);
-    const IVec<C> none = v <= 0;
-    const Vec<C> l = log_positive(ratio.of(v));
-    if (LOG) store(ratio_log + n, none ? Vec<C>{} : l);
-    if (KNOWN) continue;
-    const Vec<C> e = none ? Vec<C>{} : exp_negative(gamma * l);
-    store(p + n, e);
-    total.add(e);
-  }
+  abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
+    constexpr int B = count.value;
+    Vec<C> l[B];
+    each_of<B>([&](int i) { l[i] = ratio.of(load(w + n + i * L)); });
+    log_positives<B>(l);
+    if (LOG) each_of<B>([&](int i) { store(ratio_log + n + i * L, load(w + n + i * L) <= 0 ? Vec<C>{} : l[i]); });
+    if (KNOWN) return;
+    each_of<B>([&](int i) { l[i] = gamma * l[i]; });
+    exp_negatives<B>(l);
+    each_of<B>([&](int i) {
+      l[i] = load(w + n + i * L) <= 0 ? Vec<C>{} : l[i];
+      store(p + n + i * L, l[i]);
+      total.add(l[i]);
+    });
+  });
   return KNOWN ? 1 : 1 / total.value();
 }
 template <class C> MC_INLINE void scale_row(C* p, C factor, int64_t N, int64_t Np) {
@@ -419,6 +475,10 @@ template <class C> struct Addressing {
     a.take(ring, H * ring_size<C>(Np, R));
     a.take(row, H * ring_size<C>(Np, R));
   }
+  // f(first head, how many) over all heads.
+  template <class F> MC_INLINE void over_heads(F f) {
+    for (int64_t h = 0; h < similar.H; h += kSide) f(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide);
+  }
   // Keys, parameters and previous are in place.
   template <bool BACKWARD, class T> void forward(const T* memory, C* block) {
     similar.forward(memory, nullptr, block);
@@ -426,7 +486,7 @@ template <class C> struct Addressing {
   }
   // From the similarities on; with KNOWN the weights are there already.
   template <bool BACKWARD, bool KNOWN = false> void weigh() {
-    for (int64_t h = 0; h < similar.H; h += kSide) weigh_heads<BACKWARD, KNOWN>(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide);
+    over_heads([&](int64_t h, int heads) { weigh_heads<BACKWARD, KNOWN>(h, heads); });
   }
   template <bool BACKWARD, bool KNOWN = false> void weigh_heads(int64_t h0, int heads) {
     constexpr int L = Lanes<C>::n;
@@ -461,8 +521,7 @@ template <class C> struct Addressing {
   }
   // dw [H, Np]: gradient of the weights in, of the similarities out. The other gradients are [H] and [H, 2R + 1]; dprevious [H, Np].
   void backward(C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
-    for (int64_t h = 0; h < similar.H; h += kSide)
-      backward_heads(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide, dw, dbeta, dgate, dshift, dgamma, dprevious);
+    over_heads([&](int64_t h, int heads) { backward_heads(h, heads, dw, dbeta, dgate, dshift, dgamma, dprevious); });
   }
   void backward_heads(int64_t h0, int heads, C* dw, C* dbeta, C* dgate, C* dshift, C* dgamma, C* dprevious) {
     constexpr int L = Lanes<C>::n;

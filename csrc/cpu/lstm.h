@@ -7,34 +7,60 @@ namespace memcore {
 namespace MC_ISA {
 
 // tanh to a few units in the last place: Moshier's odd polynomial (Cephes) near 0, (1 - e^-2|x|) / (1 + e^-2|x|) beyond.
-MC_INLINE Vec<float> hyperbolic_tangent(Vec<float> x) {
-  const Vec<float> size = x < 0 ? -x : x, e = exp_negative(-2 * size), far = (1 - e) * reciprocal(1 + e), z = x * x;
-  const Vec<float> p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z - 3.33332819422e-1f;
-  return size < 0.625f ? x + x * z * p : x < 0 ? -far : far;
+template <int n> MC_INLINE void hyperbolic_tangents(Vec<float>* x) {
+  Vec<float> size[n], e[n], z[n], p[n];
+  each_of<n>([&](int i) { size[i] = x[i] < 0 ? -x[i] : x[i]; });
+  each_of<n>([&](int i) { e[i] = -2 * size[i]; });
+  exp_negatives<n>(e);
+  each_of<n>([&](int i) { e[i] = (1 - e[i]) * reciprocal(1 + e[i]); });
+  each_of<n>([&](int i) { z[i] = x[i] * x[i]; });
+  each_of<n>([&](int i) { p[i] = -5.70498872745e-3f * z[i] + 2.06390887954e-2f; });
+  each_of<n>([&](int i) { p[i] = p[i] * z[i] - 5.37397155531e-2f; });
+  each_of<n>([&](int i) { p[i] = p[i] * z[i] + 1.33314422036e-1f; });
+  each_of<n>([&](int i) { p[i] = p[i] * z[i] - 3.33332819422e-1f; });
+  each_of<n>([&](int i) { x[i] = size[i] < 0.625f ? x[i] + x[i] * z[i] * p[i] : x[i] < 0 ? -e[i] : e[i]; });
 }
-MC_INLINE Vec<double> hyperbolic_tangent(Vec<double> x) {
-  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_tanh(x[i]);
+template <int n> MC_INLINE void hyperbolic_tangents(Vec<double>* x) {
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < Lanes<double>::n; j++) x[i][j] = __builtin_tanh(x[i][j]);
+}
+template <class V> MC_INLINE V hyperbolic_tangent(V x) {
+  hyperbolic_tangents<1>(&x);
   return x;
 }
 
-// Sums z [4K] become the gates' values; the cell c and the output h from the cell before. In passes whose turns do not wait for each other.
+// f(first, Number<how many vectors>, lanes of the last one) over the K numbers of a row.
+template <class C, class F> MC_INLINE void over_row(int64_t K, F f) {
+  constexpr int L = Lanes<C>::n;
+  abreast<C>(K, [&](int64_t k, auto count) __attribute__((always_inline)) { f(k, count, L); });
+  if (K % L > 0) f(K / L * L, Number<1>{}, (int)(K % L));
+}
+
+// Sums z [4K] become the gates' values; the cell c and the output h from the cell before. 
 template <class C> MC_INLINE void lstm_forward(C* z, const C* last, C* c, C* h, int64_t K) {
   constexpr int L = Lanes<C>::n;
   C *keep = z + K, *out = z + 2 * K, *now = z + 3 * K;
-  for (int64_t k = 0; k < 3 * K; k += L) {
-    const int n = 3 * K - k < L ? (int)(3 * K - k) : L;
-    store_n(z + k, sigmoid(load_n(z + k, n)), n);
-  }
-  for (int64_t k = 0; k < K; k += L) {
-    const int n = K - k < L ? (int)(K - k) : L;
-    const Vec<C> x = hyperbolic_tangent(load_n(now + k, n));
-    store_n(now + k, x, n);
-    store_n(c + k, load_n(keep + k, n) * load_n(last + k, n) + load_n(z + k, n) * x, n);
-  }
-  for (int64_t k = 0; k < K; k += L) {
-    const int n = K - k < L ? (int)(K - k) : L;
-    store_n(h + k, load_n(out + k, n) * hyperbolic_tangent(load_n(c + k, n)), n);
-  }
+  over_row<C>(3 * K, [&](int64_t k, auto count, int n) __attribute__((always_inline)) {
+    constexpr int B = count.value;
+    Vec<C> x[B];
+    each_of<B>([&](int i) { x[i] = load_n(z + k + i * L, n); });
+    sigmoids<B>(x);
+    each_of<B>([&](int i) { store_n(z + k + i * L, x[i], n); });
+  });
+  over_row<C>(K, [&](int64_t k, auto count, int n) __attribute__((always_inline)) {
+    constexpr int B = count.value;
+    Vec<C> x[B];
+    each_of<B>([&](int i) { x[i] = load_n(now + k + i * L, n); });
+    hyperbolic_tangents<B>(x);
+    each_of<B>([&](int i) {
+      const int64_t j = k + i * L;
+      store_n(now + j, x[i], n);
+      x[i] = load_n(keep + j, n) * load_n(last + j, n) + load_n(z + j, n) * x[i];
+      store_n(c + j, x[i], n);
+    });
+    hyperbolic_tangents<B>(x);
+    each_of<B>([&](int i) { store_n(h + k + i * L, load_n(out + k + i * L, n) * x[i], n); });
+  });
 }
 
 // Gradient dz of the sums from those of h and c; dc becomes that of the cell before. z: the gates' values.

@@ -54,7 +54,7 @@ template <class C> struct Sequence {
   int64_t Np, Wp, tiles, part, parts;  // part: tiles
   bool fused;
   C *x, *reads, *current, *first, *hidden, *cell, *feedback, *output;
-  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *written, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt, *partial;
+  C *dw, *dprevious, *own, *key_own, *dreads, *found, *scratch, *written, *carried, *dh, *dcell, *dfeedback, *dfeatures, *dbelow, *rebuilt, *erased, *added, *partial;
 
   Sequence(const SequenceArgs& args, bool backward)
       : a(args), saved(args), deltas(args), l{args.R, args.Hw, args.W, args.range}, H(args.H()), I(args.I()), K(args.K), F(args.F()), G(args.G()),
@@ -85,7 +85,8 @@ template <class C> struct Sequence {
     int64_t widest = 0;
     for (int64_t i = 0; i < a.layers; i++) widest = a.D(i) > widest ? a.D(i) : widest;
     arena.take(dbelow, group * up16(widest));
-    arena.take(rebuilt, (a.every < a.T ? a.every : a.T) * group * M);
+    const int64_t most = a.every < a.T ? a.every : a.T;
+    arena.take(rebuilt, most * group * M), arena.take(erased, most * a.Hw * Wp), arena.take(added, most * a.Hw * Wp);
   }
 
   bool alive(int64_t t, int64_t b) const { return !a.lengths || t < a.lengths[b]; }
@@ -153,8 +154,14 @@ template <class C> struct Sequence {
     if (!a.spread || rows * b.K * b.Np < 500000) return product<ADD>(c, ldc, start, in, ldi, rows, b);
     each((b.Np + b.P - 1) / b.P, [&](int64_t i) { product_panel<ADD>(c, ldc, start, in, ldi, rows, b, i * b.P); });
   }
-  void copy_memory(C* to, const C* from) const {
-    each_part([&](int64_t, int64_t t, int64_t n) { copy(to + t * a.W * L, from + t * a.W * L, n * a.W * L); });
+  // To where only the backward reads it again: past the caches, if they do not hold all of these copies.
+  void keep_memory(C* to, const C* from) const {
+    const bool past = (a.T - 1) / a.every * a.B * M * (int64_t)sizeof(C) > 16 << 20;
+    each_part([&](int64_t, int64_t t, int64_t n) {
+      t *= a.W * L, n *= a.W * L;
+      if (past) stream_copy(to + t, from + t, n), stream_fence();
+      else copy(to + t, from + t, n);
+    });
   }
 
   // ---- forward ----
@@ -230,7 +237,7 @@ template <class C> struct Sequence {
       for (int64_t i = 0; i < count; i++) {
         const int64_t b = b0 + i;
         if (!alive(t, b)) continue;
-        if (a.keep && t > 0 && t % a.every == 0) copy_memory(copy_of(t, b), current + i * M);
+        if (a.keep && t > 0 && t % a.every == 0) keep_memory(copy_of(t, b), current + i * M);
         step(t, b, i, current + i * M, features(t, b) + K);
         copy(feedback + i * F, features(t, b) + K, F);
       }
@@ -313,32 +320,35 @@ template <class C> struct Sequence {
     }
   }
 
-  // The memories before the steps t0 .. t1 - 1 of the group, from the copy at t0.
+  // The memory before step t.
   C* rebuilt_at(int64_t t, int64_t i) const { return rebuilt + (t % a.every * group + i) * M; }
+  const C* before(int64_t t, int64_t b, int64_t i) const { return t > 0 && t % a.every == 0 ? copy_of(t, b) : rebuilt_at(t, i); }
+  // The memories before the steps t0 .. t1 - 1 of the group, from the one before t0: some tiles through all steps, so that what one step writes
+  // the next one finds in the first cache.
   void rebuild(int64_t t0, int64_t t1, int64_t b0, int64_t count) {
+    const int64_t V = a.Hw * Wp, some = (16 << 10) / (a.W * kBytes), most = some > 1 ? some : 1;
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
       if (!alive(t0, b)) continue;
       if (t0 == 0) to_tiles(rebuilt_at(0, i), (const C*)a.memory + b * a.N * a.W, a.N, a.W);
-      else copy_memory(rebuilt_at(t0, i), copy_of(t0, b));
-      for (int64_t t = t0 + 1; t < t1 && alive(t, b); t++) {
-        const C *from = rebuilt_at(t - 1, i), *ww = slots(t - 1, b) + a.R * Np;
-        C* to = rebuilt_at(t, i);
-        if (a.Hw == 0) {
-          copy_memory(to, from);
-          continue;
-        }
-        clamped(interface(t - 1, b));
+      int64_t steps = 0;
+      for (; t0 + steps + 1 < t1 && alive(t0 + steps + 1, b); steps++) {
+        clamped(interface(t0 + steps, b));
         for (int64_t h = 0; h < a.Hw; h++)
           for (int64_t w = 0; w < Wp; w += L) {
             const int part = a.W - w < L ? (int)(a.W - w) : L;
-            store(p.erase + h * Wp + w, MC_ISA::first<C>(sigmoid(load_n(x + l.erase(h) + w, part)), part));
-            store(p.add + h * Wp + w, load_n(x + l.add(h) + w, part));
+            store(erased + steps * V + h * Wp + w, MC_ISA::first<C>(sigmoid(load_n(x + l.erase(h) + w, part)), part));
+            store(added + steps * V + h * Wp + w, load_n(x + l.add(h) + w, part));
           }
-        each_part([&](int64_t, int64_t t, int64_t n) {
-          tile_erase_add(to + t * a.W * L, from + t * a.W * L, n, a.W, ww + t * L, Np, a.Hw, p.erase, p.add, Wp);
-        });
       }
+      each_part([&](int64_t, int64_t first, int64_t all) {
+        for (int64_t n = first; n < first + all; n += most)
+          for (int64_t j = 0; j < steps; j++) {
+            const int64_t at = n * a.W * L, now = first + all - n < most ? first + all - n : most;
+            const C *from = before(t0 + j, b, i) + at, *ww = slots(t0 + j, b) + a.R * Np + n * L;
+            tile_erase_add(rebuilt_at(t0 + j + 1, i) + at, from, now, a.W, ww, Np, a.Hw, erased + j * V, added + j * V, Wp);
+          }
+      });
     }
   }
 
@@ -380,7 +390,7 @@ template <class C> struct Sequence {
         for (int64_t k = 0; k < K; k++) top[k] += df[k];
         for (int64_t k = 0; k < F; k++) dr[k] += df[K + k];
         widen_rows(dreads, dr, a.R, a.W, Wp);
-        step_backward(t, b, i, rebuilt_at(t, i), current + i * M, dx + i * Ip);
+        step_backward(t, b, i, before(t, b, i), current + i * M, dx + i * Ip);
       }
       multiply<true>(dh + (a.layers - 1) * group * Kp, Kp, (const C*)nullptr, dx, Ip, count, weights.interface);
       for (int64_t j = a.layers - 1; j >= 0; j--) {

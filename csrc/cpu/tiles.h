@@ -22,9 +22,6 @@ template <class C> inline void from_tiles(C* rows, const C* tiles, int64_t N, in
 }
 
 // f(Number<n>) for 0 <= n <= 5, so that n is known at compile time.
-template <int n> struct Number {
-  static constexpr int value = n;
-};
 template <class F> MC_INLINE void with_count(int64_t n, F f) {
   switch (n) {
     case 0: return f(Number<0>{});

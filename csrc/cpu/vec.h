@@ -430,43 +430,77 @@ template <class C> MC_INLINE C min_of(Vec<C> v) {
 
 // ---- exponential and logarithm ----
 
+// These functions take n vectors statement by statement: one vector's chain of dependent operations is longer than what a processor looks ahead.
+constexpr int kAbreast = 2;  // more of them spill
+template <int n> struct Number {
+  static constexpr int value = n;
+};
+// f(first, Number<how many>) over `count` numbers of a row in whole vectors, kAbreast at a time.
+template <class C, class F> MC_INLINE void abreast(int64_t count, F f) {
+  constexpr int L = Lanes<C>::n;
+  int64_t i = 0;
+  for (; i + kAbreast * L <= count; i += kAbreast * L) f(i, Number<kAbreast>{});
+  for (; i + L <= count; i += L) f(i, Number<1>{});
+}
+template <int n, class F> MC_INLINE void each_of(F f) {
+#pragma GCC unroll 8
+  for (int i = 0; i < n; i++) f(i);
+}
+
 // exp in single precision: 2^k e^r with |r| <= ln2 / 2 and Moshier's minimax coefficients (Cephes), relative error 2e-7;
-// below -87.3 it is 0 (no subnormal results).
-MC_INLINE Vec<float> exp_reduced(Vec<float> t, Vec<float> x) {
-  const Vec<float> k = t - 12582912.0f;
-  Vec<float> r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
-  const Vec<float> r2 = r * r;
-  const Vec<float> low = 1.6666665459e-1f * r + 5.0000001201e-1f, mid = 8.3334519073e-3f * r + 4.1665795894e-2f;
-  const Vec<float> high = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  return ((high * r2 + mid) * r2 + low) * r2 + (r + 1.0f);
+// below -87.3 it is 0 (no subnormal results). For x <= 0; other x give anything but a trap, NaN gives NaN.
+template <int n> MC_INLINE void exp_negatives(Vec<float>* x) {
+  Vec<float> t[n], r[n], r2[n], p[n], q[n];
+  each_of<n>([&](int i) { t[i] = x[i] * 1.44269504088896341f + 12582912.0f; });  // the low bits hold x / ln2 to the nearest integer
+  each_of<n>([&](int i) { q[i] = t[i] - 12582912.0f; });
+  each_of<n>([&](int i) { r[i] = x[i] - q[i] * 0.693359375f; });
+  each_of<n>([&](int i) { r[i] = r[i] + q[i] * 2.12194440e-4f; });
+  each_of<n>([&](int i) { r2[i] = r[i] * r[i]; });
+  each_of<n>([&](int i) { p[i] = 1.9875691500e-4f * r[i] + 1.3981999507e-3f; });
+  each_of<n>([&](int i) { q[i] = 8.3334519073e-3f * r[i] + 4.1665795894e-2f; });
+  each_of<n>([&](int i) { p[i] = p[i] * r2[i] + q[i]; });
+  each_of<n>([&](int i) { q[i] = 1.6666665459e-1f * r[i] + 5.0000001201e-1f; });
+  each_of<n>([&](int i) { p[i] = p[i] * r2[i] + q[i]; });
+  each_of<n>([&](int i) { r[i] = r[i] + 1.0f; });
+  each_of<n>([&](int i) { p[i] = p[i] * r2[i] + r[i]; });
+  each_of<n>([&](int i) { p[i] = p[i] * (Vec<float>)(((UVec)t[i] << 23) + 0x3f800000u); });
+  each_of<n>([&](int i) { x[i] = x[i] < -87.33654f ? Vec<float>{} : p[i]; });
 }
-// For x <= 0; other x give anything but a trap, NaN gives NaN.
-MC_INLINE Vec<float> exp_negative(Vec<float> x) {
-  const Vec<float> t = x * 1.44269504088896341f + 12582912.0f;  // the low bits hold x / ln2 to the nearest integer
-  const Vec<float> scale = (Vec<float>)(((UVec)t << 23) + 0x3f800000u);
-  return x < -87.33654f ? Vec<float>{} : exp_reduced(t, x) * scale;
+template <int n> MC_INLINE void exp_negatives(Vec<double>* x) {
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < Lanes<double>::n; j++) x[i][j] = __builtin_exp(x[i][j]);
 }
-MC_INLINE Vec<double> exp_negative(Vec<double> x) {
-  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_exp(x[i]);
+template <class V> MC_INLINE V exp_negative(V x) {
+  exp_negatives<1>(&x);
   return x;
 }
 // log of a positive number in single precision, Moshier's coefficients (relative error 2e-7), subnormals included; NaN gives NaN.
-MC_INLINE Vec<float> log_positive(Vec<float> x) {
-  const IVec<float> tiny = x < 1.17549435e-38f;
-  const UVec bits = (UVec)(tiny ? x * 8388608.0f : x);
-  const IVec<float> e = (IVec<float>)(bits - 0x3f3504f3u) >> 23;  // sqrt(1/2) <= m < sqrt(2)
-  const Vec<float> m = (Vec<float>)(bits - ((UVec)e << 23)) - 1.0f;
-  const Vec<float> k = __builtin_convertvector(e - (tiny & 23), Vec<float>);
-  const Vec<float> z = m * m;
-  const Vec<float> p0 = -2.4999993993e-1f * m + 3.3333331174e-1f, p1 = -1.6668057665e-1f * m + 2.0000714765e-1f;
-  const Vec<float> p2 = -1.2420140846e-1f * m + 1.4249322787e-1f, p3 = -1.1514610310e-1f * m + 1.1676998740e-1f;
-  const Vec<float> p = ((p2 + z * p3) + (z * z) * 7.0376836292e-2f) * (z * z) + (p0 + z * p1);
-  const Vec<float> y = p * (m * z) + (k * -2.12194440e-4f - 0.5f * z);
-  return k * 0.693359375f + (m + y) + (x - x);
+template <int n> MC_INLINE void log_positives(Vec<float>* x) {
+  Vec<float> k[n], m[n], z[n], p[n], q[n];
+  each_of<n>([&](int i) {
+    const IVec<float> tiny = x[i] < 1.17549435e-38f;
+    const UVec bits = (UVec)(tiny ? x[i] * 8388608.0f : x[i]);
+    const IVec<float> e = (IVec<float>)(bits - 0x3f3504f3u) >> 23;  // sqrt(1/2) <= m < sqrt(2)
+    m[i] = (Vec<float>)(bits - ((UVec)e << 23)) - 1.0f;
+    k[i] = __builtin_convertvector(e - (tiny & 23), Vec<float>);
+  });
+  each_of<n>([&](int i) { z[i] = m[i] * m[i]; });
+  each_of<n>([&](int i) { p[i] = -1.2420140846e-1f * m[i] + 1.4249322787e-1f; });
+  each_of<n>([&](int i) { q[i] = -1.1514610310e-1f * m[i] + 1.1676998740e-1f; });
+  each_of<n>([&](int i) { p[i] = p[i] + z[i] * q[i]; });
+  each_of<n>([&](int i) { p[i] = p[i] + (z[i] * z[i]) * 7.0376836292e-2f; });
+  each_of<n>([&](int i) { q[i] = -2.4999993993e-1f * m[i] + 3.3333331174e-1f; });
+  each_of<n>([&](int i) { q[i] = q[i] + z[i] * (-1.6668057665e-1f * m[i] + 2.0000714765e-1f); });
+  each_of<n>([&](int i) { p[i] = p[i] * (z[i] * z[i]) + q[i]; });
+  each_of<n>([&](int i) { p[i] = p[i] * (m[i] * z[i]) + (k[i] * -2.12194440e-4f - 0.5f * z[i]); });
+  each_of<n>([&](int i) { x[i] = k[i] * 0.693359375f + (m[i] + p[i]) + (x[i] - x[i]); });
 }
-MC_INLINE Vec<double> log_positive(Vec<double> x) {
-  for (int i = 0; i < Lanes<double>::n; i++) x[i] = __builtin_log(x[i]);
+template <int n> MC_INLINE void log_positives(Vec<double>* x) {
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < Lanes<double>::n; j++) x[i][j] = __builtin_log(x[i][j]);
+}
+template <class V> MC_INLINE V log_positive(V x) {
+  log_positives<1>(&x);
   return x;
 }
 // log(1 + e) for 0 <= e <= 1: the rounding of 1 + e is divided out again.
@@ -478,9 +512,16 @@ MC_INLINE Vec<double> log1p_unit(Vec<double> e) {
   for (int i = 0; i < Lanes<double>::n; i++) e[i] = __builtin_log1p(e[i]);
   return e;
 }
+template <int n, class V> MC_INLINE void sigmoids(V* x) {
+  V e[n], s[n];
+  each_of<n>([&](int i) { e[i] = x[i] < 0 ? x[i] : -x[i]; });
+  exp_negatives<n>(e);
+  each_of<n>([&](int i) { s[i] = reciprocal(1 + e[i]); });
+  each_of<n>([&](int i) { x[i] = x[i] < 0 ? e[i] * s[i] : s[i]; });
+}
 template <class V> MC_INLINE V sigmoid(V x) {
-  const V e = exp_negative(x < 0 ? x : -x), s = reciprocal(1 + e);
-  return x < 0 ? e * s : s;
+  sigmoids<1>(&x);
+  return x;
 }
 template <class V> MC_INLINE V softplus(V x) { return (x < 0 ? V{} : x) + log1p_unit(exp_negative(x < 0 ? x : -x)); }
 
