@@ -90,20 +90,54 @@ template <class P> inline void sort(P* a, int64_t n) {
 
 // Distances ----------------------------------------------------------------------------------------------------------
 
-// Sixteen sums in double whatever the instruction set: the same neighbours everywhere.
-typedef double Eight __attribute__((vector_size(64)));
-typedef float EightFloats __attribute__((vector_size(32)));
-MC_INLINE void load8(const double* p, Eight& to) { std::memcpy(&to, p, sizeof to); }
-MC_INLINE void load8(const float* p, Eight& to) {
-#if defined(__AVX512F__)
-  to = (Eight)_mm512_cvtps_pd(_mm256_loadu_ps(p));  // GCC 12 makes two halves of the general form
-#else
-  EightFloats x;
-  std::memcpy(&x, p, sizeof x);
-  to = __builtin_convertvector(x, Eight);
-#endif
+// Sixteen sums in double whatever the instruction set: the same neighbours everywhere. Eight of them, in vectors of the machine's own width:
+// GCC takes wider ones apart through memory.
+struct Eight {
+  static constexpr int L = Lanes<double>::n, kParts = 8 / L;
+  Vec<double> part[kParts];
+
+  template <class F> static MC_INLINE Eight of(F f) {
+    Eight x;
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; i++) x.part[i] = f(i);
+    return x;
+  }
+};
+MC_INLINE Eight operator+(const Eight& a, const Eight& b) {
+  return Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] + b.part[i]; });
 }
-MC_INLINE double total(const Eight& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+MC_INLINE Eight operator-(const Eight& a, const Eight& b) {
+  return Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] - b.part[i]; });
+}
+MC_INLINE Eight operator*(const Eight& a, const Eight& b) {
+  return Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] * b.part[i]; });
+}
+MC_INLINE void operator+=(Eight& a, const Eight& b) { a = a + b; }
+MC_INLINE void operator*=(Eight& a, double x) {
+  a = Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] * x; });
+}
+MC_INLINE void load8(const double* p, Eight& to) {
+  to = Eight::of([&](int i) __attribute__((always_inline)) { return load(p + i * Eight::L); });
+}
+MC_INLINE void load8(const float* p, Eight& to) {
+  to = Eight::of([&](int i) __attribute__((always_inline)) {
+#if defined(__AVX512F__)
+    return (Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p + i * Eight::L));
+#elif defined(__AVX2__)
+    return (Vec<double>)_mm256_cvtps_pd(_mm_loadu_ps(p + i * Eight::L));
+#else
+    return Vec<double>{p[i * Eight::L], p[i * Eight::L + 1]};
+#endif
+  });
+}
+MC_INLINE double total(const Eight& x) {
+  const auto at = [&](int i) __attribute__((always_inline)) { return x.part[i / Eight::L][i % Eight::L]; };
+  if constexpr (Eight::kParts == 1) return ((at(0) + at(4)) + (at(2) + at(6))) + ((at(1) + at(5)) + (at(3) + at(7)));
+  Vec<double> v = x.part[0] + x.part[Eight::kParts / 2];  // of lanes four apart, then two
+  if constexpr (Eight::kParts == 4) v = v + (x.part[1] + x.part[3]);
+  if constexpr (Eight::kParts == 2) return (v[0] + v[2 % Eight::L]) + (v[1] + v[3 % Eight::L]);
+  return v[0] + v[1];
+}
 
 // What f(sum, q_d, k_d) adds up over d: f gets vectors, and numbers in the tail.
 template <class C, class F> MC_INLINE double sum_pairs(const double* q, const C* k, int64_t D, F f) {

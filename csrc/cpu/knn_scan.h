@@ -215,11 +215,48 @@ MC_INLINE Vec<float> load_wide(const bf16* p) {
 MC_INLINE Vec<float> load_wide_part(const bf16* p, int n) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), 16);
+#elif defined(__AVX2__)
+  uint64_t half = 0, four = 0;  // in registers: memory that was just written in pieces would be waited for
+  const bf16* last = p + (n & ~3);
+  if (n & 2) {
+    uint32_t two;
+    std::memcpy(&two, last, 4);
+    half = two, last += 2;
+  }
+  if (n & 1) half |= (uint64_t)last->bits << (n & 2 ? 32 : 0);
+  if (n & 4) std::memcpy(&four, p, 8);
+  else four = half, half = 0;
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_set_epi64x((int64_t)half, (int64_t)four)), 16);
 #else
   bf16 x[Lanes<float>::n] = {};
   std::memcpy(x, p, (size_t)n * sizeof(bf16));
   return load_wide(x);
 #endif
+}
+
+// The same of one query with R rows, one after the other: as a single stream, which narrow vectors take from DRAM the quickest.
+template <int R, bool L2, class C, class S> MC_INLINE void each_sums(int64_t D, const S* rows, const C* query, C* out) {
+  constexpr int L = Lanes<C>::n, U = 4;  // sums of their own hide the latency of the adders
+  Vec<C> s[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    const S* row = rows + r * D;
+    Vec<C> t[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) t[u] = Vec<C>{};
+    const auto step = [&](Vec<C>& to, Vec<C> k, int64_t d) __attribute__((always_inline)) {
+      const Vec<C> x = load(query + d), y = L2 ? k - x : x;
+      to += (L2 ? y : k) * y;
+    };
+    int64_t d = 0;
+    for (; d + U * L <= D; d += U * L)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) step(t[u], load_wide(row + d + u * L), d + u * L);
+    for (; d + L <= D; d += L) step(t[0], load_wide(row + d), d);
+    if (d < D) step(t[1], load_wide_part(row + d, (int)(D - d)), d);
+    s[r] = (t[0] + t[1]) + (t[2] + t[3]);
+  }
+  sum_all<R>(s, out);
 }
 
 // R rows by QR queries along the rows; out [QR][R] has room for 4 more.
@@ -252,15 +289,20 @@ template <int R, int QR, bool L2, class C, class S> MC_INLINE void along_sums(in
   sum_all<QR * R>(s, out);
 }
 
-template <int R, int QR, class C, class S>
+template <int R, int QR, bool EACH, class C, class S>
 MC_INLINE void along_tile(const KnnArgs& a, const Job<C>& job, Lists<C>& lists, const Block<C, S>& block, int64_t r, int64_t q) {
   constexpr int L = Lanes<C>::n, n = R * QR;
   const int64_t Dp = padded<C>(a.D);
   const S* rows = block.rows + r * a.D;
   const C* queries = job.packed + q * Dp;
   alignas(64) C out[n + 4 < L ? L : n + 4], limit[n < L ? L : n];
-  if (a.metric == kL2) along_sums<R, QR, true>(a.D, rows, queries, Dp, out);
-  else along_sums<R, QR, false>(a.D, rows, queries, Dp, out);
+  if constexpr (EACH) {
+    if (a.metric == kL2) each_sums<R, true>(a.D, rows, queries, out);
+    else each_sums<R, false>(a.D, rows, queries, out);
+  } else {
+    if (a.metric == kL2) along_sums<R, QR, true>(a.D, rows, queries, Dp, out);
+    else along_sums<R, QR, false>(a.D, rows, queries, Dp, out);
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < QR; j++) {
     const C theta = lists.theta[q + j], slack = job.slack[q + j];
@@ -281,15 +323,15 @@ MC_INLINE void along_tile(const KnnArgs& a, const Job<C>& job, Lists<C>& lists, 
   }
 }
 
-template <int QR, int R, class C, class S>
+template <int QR, int R, bool EACH = false, class C, class S>
 MC_INLINE void along_panel(const KnnArgs& a, const Job<C>& job, Lists<C>& lists, const Block<C, S>& block, int64_t q, int64_t ahead) {
   int64_t r = 0;
   for (; r + R <= block.n; r += R) {
     if (ahead)
       for (int64_t i = 0; i < R * a.D * (int64_t)sizeof(S); i += 64) __builtin_prefetch((const char*)(block.rows + r * a.D) + ahead + i, 0, R == kAlongTile / QR ? 2 : 3);
-    along_tile<R, QR>(a, job, lists, block, r, q);
+    along_tile<R, QR, EACH>(a, job, lists, block, r, q);
   }
-  for (; r < block.n; r++) along_tile<1, QR>(a, job, lists, block, r, q);
+  for (; r < block.n; r++) along_tile<1, QR, false>(a, job, lists, block, r, q);
 }
 
 template <class C, class S> void along(const KnnArgs& a, const Job<C>& job, int64_t queries, Lists<C>& lists, const Block<C, S>& block) {
@@ -298,8 +340,11 @@ template <class C, class S> void along(const KnnArgs& a, const Job<C>& job, int6
   for (; q + 4 <= queries; q += 4) along_panel<4, kAlongTile / 4>(a, job, lists, block, q, kAlongTile / 2 * row);
   if (q + 2 <= queries) along_panel<2, kAlongTile / 2>(a, job, lists, block, q, kAlongTile * row), q += 2;
   if (q == queries) return;
+  const bool far = a.N * row > kCached;
+  if constexpr (kBytes < 64)
+    if (far) return along_panel<1, 8, true>(a, job, lists, block, q, row <= 1024 ? kAhead : 0);
   // As many streams as rows at a time: of short rows of float32, and from DRAM, 16 are quicker than 8.
-  if (sizeof(S) == sizeof(C) && row <= 1024 && a.N * row > kCached) along_panel<1, kAlongTile>(a, job, lists, block, q, 2 * kAlongTile * row);
+  if (sizeof(S) == sizeof(C) && row <= 1024 && far) along_panel<1, kAlongTile>(a, job, lists, block, q, 2 * kAlongTile * row);
   else along_panel<1, 8>(a, job, lists, block, q, sizeof(S) < sizeof(C) || row <= 1024 ? kAhead : 0);
 }
 

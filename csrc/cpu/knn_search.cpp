@@ -86,21 +86,21 @@ void search_again(const KnnArgs& a) {
     KnnArgs b = a;
     b.A = 1, b.Q = U, b.query_stride = 0, b.query = queries.data(), b.keys = (const float*)a.keys + d * a.N * row;
     b.count = a.count ? a.count + d : nullptr, b.norms = a.norms ? (const float*)a.norms + d * a.N : nullptr, b.mirror = nullptr;
-    b.distances = distances.data(), b.indices = indices.data();
+    b.distances = distances.data(), b.indices = indices.data(), b.uncertain = nullptr;
     search(b);
     for (int64_t u = 0; u < U; u++) {
       const int64_t to = (d * a.Q + which[(size_t)u]) * a.k;
       std::copy_n(distances.data() + u * a.k, a.k, (float*)a.distances + to);
       std::copy_n(indices.data() + u * a.k, a.k, a.indices + to);
     }
-    rescanned += U;
   }
 }
 
 void run(KnnArgs& a) {
-  std::vector<uint8_t> uncertain(a.mirror ? (size_t)(a.A * a.Q) : 0);
+  std::vector<uint8_t> uncertain((size_t)(a.A * a.Q));
   a.uncertain = uncertain.data();
   search(a);
+  rescanned += std::count(uncertain.begin(), uncertain.end(), 1);
   if (a.mirror) search_again(a);
 }
 

@@ -17,7 +17,7 @@ struct KnnArgs {
   const void* norms;      // squared norms in the accumulation type; null: made on the way
   const void* mirror;     // float32 keys in bfloat16, which are scanned instead; null: none
   const float* rounding;  // max |mirror - key| / |key| of each dictionary; null: 2^-8
-  uint8_t* uncertain;     // [A, Q] with a mirror: queries whose neighbours it does not prove, to be searched without it
+  uint8_t* uncertain;     // [A, Q] or null: queries whose neighbours the scan does not prove, to be searched without the mirror, if there is one
   void* distances;        // in the accumulation type
   int64_t* indices;
 

@@ -326,10 +326,8 @@ template <class T> void finish(const KnnArgs& a, int64_t begin, int64_t end) {
       f.distance.start(a.metric, a.D, f.q, n2);
       const bool scanned = n > kFewRows && job.state[slot] == kFine;
       if (!scanned || !f.by_candidates(job, keys, slot, k, __builtin_sqrt(n2), a.rounded(mine.a))) {
-        if (scanned && a.mirror) {
-          a.uncertain[item] = 1;
-          continue;
-        }
+        if (scanned && a.uncertain) a.uncertain[item] = 1;
+        if (scanned && a.mirror) continue;
         f.by_difference(keys, n, k);
       }
     }

@@ -209,6 +209,41 @@ def close_ties(wanted, same):
     return bool((same | run).all())
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("D, dtype", [(39, torch.float32), (45, torch.float32), (39, torch.float64)])
+@pytest.mark.skipif("native" not in PATHS[-1], reason="the native library is not built")
+def test_one_query_and_more_keys_than_caches_hold(D, dtype, metric):
+    """More than 16 MiB, as bfloat16 too. Some keys differ from the query in one column each; the other neighbours are hardly nearer than the rest."""
+    keys = torch.randn((17 << 20) // ((2 if dtype == torch.float32 else 8) * D), D).to(dtype)
+    query = torch.randn(1, D).to(dtype).sign()
+    near, k = torch.randperm(len(keys))[:D], D + 200
+    keys[near] = query * (1 + torch.diag(torch.linspace(0.1, 0.3, D, dtype=dtype))) * (9 if metric == "ip" else 1)
+    wanted, at = brute_force(query, keys, k, metric)
+    for path in PATHS[1:]:
+        with use_path(path):
+            for cache in caches(keys):
+                before = torch.ops.memcore._knn_rescans()
+                d, i = knn_search(query, keys, k, metric=metric, cache=cache)
+                assert torch.ops.memcore._knn_rescans() == before, "the scan did not prove its neighbours"
+                assert sorted(i[0, :D].tolist()) == sorted(near.tolist())
+                assert torch.equal(i, at) or close_ties(wanted, i == at)
+                torch.testing.assert_close(d, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_scans_prove_their_neighbours(path, dtype, metric):
+    """Else every distance is taken anew: right, but slow, so that no other test would see a scan that is wrong."""
+    keys = torch.randn(5000, 45).to(dtype)
+    with use_path(path):
+        for Q in (1, 2, 3, 5, 8, 20, 130):
+            for norms in (None, knn_cache(keys)):
+                before = torch.ops.memcore._knn_rescans()
+                knn_search(torch.randn(Q, 45).to(dtype), keys, 50, metric=metric, cache=norms)
+                assert torch.ops.memcore._knn_rescans() == before
+
+
 def test_any_number_of_threads_and_shards(operators):
     keys, query = torch.randn(60_000, 33), torch.randn(3, 33)
     keys[30_000:] = keys[:30_000]
