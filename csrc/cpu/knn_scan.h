@@ -23,23 +23,6 @@ template <class C> constexpr double kHugeSquare = sizeof(C) == 4 ? 0x1p100 : 0x1
 // Relative error of a sum of D products in the accumulation type, norms included, with room to spare.
 template <class C> MC_INLINE double relative_error(int64_t D) { return (double)(2 * D + 16) * kUnit<C>; }
 
-#if defined(__AVX512F__)
-MC_INLINE uint32_t below(Vec<float> x, Vec<float> t) { return _mm512_cmp_ps_mask((__m512)x, (__m512)t, _CMP_LT_OQ); }
-MC_INLINE uint32_t below(Vec<double> x, Vec<double> t) { return _mm512_cmp_pd_mask((__m512d)x, (__m512d)t, _CMP_LT_OQ); }
-#elif defined(__AVX2__)
-MC_INLINE uint32_t below(Vec<float> x, Vec<float> t) { return (uint32_t)_mm256_movemask_ps((__m256)(x < t)); }
-MC_INLINE uint32_t below(Vec<double> x, Vec<double> t) { return (uint32_t)_mm256_movemask_pd((__m256d)(x < t)); }
-#elif defined(__SSE2__)
-MC_INLINE uint32_t below(Vec<float> x, Vec<float> t) { return (uint32_t)_mm_movemask_ps((__m128)(x < t)); }
-MC_INLINE uint32_t below(Vec<double> x, Vec<double> t) { return (uint32_t)_mm_movemask_pd((__m128d)(x < t)); }
-#else
-template <class V> MC_INLINE uint32_t below(V x, V t) {
-  uint32_t bits = 0;
-  for (int i = 0; i < (int)(sizeof(V) / sizeof(x[0])); i++) bits |= (uint32_t)(x[i] < t[i]) << i;
-  return bits;
-}
-#endif
-
 // Each query's best candidates so far: all rows whose score is below `theta`, and some more.
 template <class C> struct Lists {
   C* theta;

@@ -71,6 +71,24 @@ template <class C> MC_INLINE Vec<C> load(const C* p) {
 }
 template <class C> MC_INLINE void store(C* p, Vec<C> v) { std::memcpy(p, &v, sizeof v); }
 
+// A bit for each lane of x that is less than t's.
+#if defined(__AVX512F__)
+MC_INLINE uint32_t below(Vec<float> x, Vec<float> t) { return _mm512_cmp_ps_mask((__m512)x, (__m512)t, _CMP_LT_OQ); }
+MC_INLINE uint32_t below(Vec<double> x, Vec<double> t) { return _mm512_cmp_pd_mask((__m512d)x, (__m512d)t, _CMP_LT_OQ); }
+#elif defined(__AVX2__)
+MC_INLINE uint32_t below(Vec<float> x, Vec<float> t) { return (uint32_t)_mm256_movemask_ps((__m256)(x < t)); }
+MC_INLINE uint32_t below(Vec<double> x, Vec<double> t) { return (uint32_t)_mm256_movemask_pd((__m256d)(x < t)); }
+#elif defined(__SSE2__)
+MC_INLINE uint32_t below(Vec<float> x, Vec<float> t) { return (uint32_t)_mm_movemask_ps((__m128)(x < t)); }
+MC_INLINE uint32_t below(Vec<double> x, Vec<double> t) { return (uint32_t)_mm_movemask_pd((__m128d)(x < t)); }
+#else
+template <class V> MC_INLINE uint32_t below(V x, V t) {
+  uint32_t bits = 0;
+  for (int i = 0; i < (int)(sizeof(V) / sizeof(x[0])); i++) bits |= (uint32_t)(x[i] < t[i]) << i;
+  return bits;
+}
+#endif
+
 #if defined(__AVX512F__)
 MC_INLINE Vec<float> load_part(const float* p, int n) { return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 MC_INLINE Vec<double> load_part(const double* p, int n) { return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p); }

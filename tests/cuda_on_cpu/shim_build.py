@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from made_once import made_once
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -50,31 +52,18 @@ def compile_object(source: Path, flags: list[str], name: str | None = None, head
     """The object file of `source`, compiled if there is none of the same contents, flags and headers in the folder `headers`."""
     command = [*compiler(), *COMMON, *flags]
     key = hashlib.sha256("\0".join([_headers(headers), torch.__version__, *command]).encode() + source.read_bytes()).hexdigest()[:16]
-    obj = OUT / f"{name or source.name}.{key}.o"
-    if not obj.exists():
-        OUT.mkdir(parents=True, exist_ok=True)
-        for old in OUT.glob(f"{name or source.name}.*.o"):
-            old.unlink(missing_ok=True)
-        partial = obj.with_name(f"{os.getpid()}.{obj.name}.part")  # no other process takes it for an old one
-        done = subprocess.run([*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)} -c {source}\n{done.stderr}")
-        partial.replace(obj)
-    return obj
+    return made_once(OUT / f"{name or source.name}.{key}.o", f"{name or source.name}.*.o", lambda to: _run([*command, "-c", str(source), "-o", str(to)]))
 
 
 def link(name: str, objects: list[Path], flags: list[str]) -> Path:
     key = hashlib.sha256("\0".join([*map(str, objects), *flags]).encode()).hexdigest()[:16]
-    out = OUT / f"{name}.{key}"
-    if not out.exists():
-        for old in OUT.glob(f"{name}.*"):
-            old.unlink(missing_ok=True)
-        partial = out.with_name(f"{os.getpid()}.{out.name}.part")
-        done = subprocess.run([*compiler(), *map(str, objects), *flags, "-o", str(partial)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        partial.replace(out)
-    return out
+    return made_once(OUT / f"{name}.{key}", f"{name}.*", lambda to: _run([*compiler(), *map(str, objects), *flags, "-o", str(to)]))
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
 
 
 def kernels() -> list[Path]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from made_once import made_once
 from ptx_machine import ORDERS, Kernel, Launch, PtxError, Site
 from ptx_program import Module
 
@@ -107,16 +108,14 @@ def nvcc_ptx(op: str, arch: int) -> str:
         digest.update(p.name.encode() + p.read_bytes())
     digest.update(nvcc_version().encode())
     out = OUT / f"{op}.sm_{arch}.{digest.hexdigest()[:16]}.ptx"
-    if not out.exists():
-        OUT.mkdir(parents=True, exist_ok=True)
-        for old in OUT.glob(f"{op}.sm_{arch}.*.ptx"):
-            old.unlink(missing_ok=True)
-        partial = out.with_suffix(f".{os.getpid()}")
-        command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{arch}", "-o", str(partial), str(source)]
+
+    def make(to: Path) -> None:
+        command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{arch}", "-o", str(to), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        partial.replace(out)
+
+    made_once(out, f"{op}.sm_{arch}.*.ptx", make)
     return out.read_text()
 
 
