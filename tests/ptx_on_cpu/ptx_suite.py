@@ -101,7 +101,7 @@ def triton_kernel(source, num_warps: int, arch: int) -> tuple[Kernel, int]:
 
 @lru_cache(maxsize=None)
 def nvcc_ptx(op: str, arch: int) -> str:
-    """PTX of csrc/cuda/<op>.cu, kept in build/ by the contents it is made from."""
+    """PTX of csrc/cuda/<op>.cu, kept in build/ by the contents it is made from: the library's own where that was built with it, else compiled."""
     source = CUDA / f"{op}.cu"
     digest = hashlib.sha256(source.read_bytes())
     for p in sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]):
@@ -110,6 +110,9 @@ def nvcc_ptx(op: str, arch: int) -> str:
     out = OUT / f"{op}.sm_{arch}.{digest.hexdigest()[:16]}.ptx"
 
     def make(to: Path) -> None:
+        if text := built_ptx(op, arch):
+            to.write_text(text)
+            return
         command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{arch}", "-o", str(to), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -117,6 +120,18 @@ def nvcc_ptx(op: str, arch: int) -> str:
 
     made_once(out, f"{op}.sm_{arch}.*.ptx", make)
     return out.read_text()
+
+
+def built_ptx(op: str, arch: int) -> str:
+    """The PTX for this architecture in the library's object file; empty if there is none, or a source that is newer."""
+    from gpu_resources import cuobjdump
+
+    obj = ROOT / "build" / "native" / f"cuda-{op}.cu.o"
+    if cuobjdump() is None or not obj.exists() or max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.is_file()) > obj.stat().st_mtime:
+        return ""
+    done = subprocess.run([cuobjdump(), "-ptx", "-arch", f"sm_{arch}", str(obj)], capture_output=True, text=True)
+    at = done.stdout.find(".version") if not done.returncode else -1
+    return done.stdout[at:] if at >= 0 else ""
 
 
 @lru_cache(maxsize=1)
