@@ -130,13 +130,17 @@ MC_INLINE void load8(const float* p, Eight& to) {
 #endif
   });
 }
-MC_INLINE double total(const Eight& x) {
-  const auto at = [&](int i) __attribute__((always_inline)) { return x.part[i / Eight::L][i % Eight::L]; };
-  if constexpr (Eight::kParts == 1) return ((at(0) + at(4)) + (at(2) + at(6))) + ((at(1) + at(5)) + (at(3) + at(7)));
-  Vec<double> v = x.part[0] + x.part[Eight::kParts / 2];  // of lanes four apart, then two
-  if constexpr (Eight::kParts == 4) v = v + (x.part[1] + x.part[3]);
-  if constexpr (Eight::kParts == 2) return (v[0] + v[2 % Eight::L]) + (v[1] + v[3 % Eight::L]);
-  return v[0] + v[1];
+MC_INLINE double total(Eight x) {  // of halves: numbers four, two and one apart
+  double lane[Eight::L];
+  for (int n = Eight::kParts / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) x.part[i] += x.part[i + n];
+#pragma GCC unroll 8
+  for (int i = 0; i < Eight::L; i++) lane[i] = x.part[0][i];
+#pragma GCC unroll 3
+  for (int n = Eight::L / 2; n > 0; n /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+  return lane[0];
 }
 
 // What f(sum, q_d, k_d) adds up over d: f gets vectors, and numbers in the tail.

@@ -235,13 +235,13 @@ def test_one_query_and_more_keys_than_caches_hold(D, dtype, metric):
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_scans_prove_their_neighbours(path, dtype, metric):
     """Else every distance is taken anew: right, but slow, so that no other test would see a scan that is wrong."""
-    keys = torch.randn(5000, 45).to(dtype)
     with use_path(path):
-        for Q in (1, 2, 3, 5, 8, 20, 130):
-            for norms in (None, knn_cache(keys)):
+        for Q, D in [*((Q, 45) for Q in (1, 2, 3, 5, 8, 20, 130)), *((1, D) for D in range(33, 48))]:  # any rest of the widest vector
+            keys, query = torch.randn(5000, D).to(dtype), torch.randn(Q, D).to(dtype)
+            for cache in caches(keys):
                 before = torch.ops.memcore._knn_rescans()
-                knn_search(torch.randn(Q, 45).to(dtype), keys, 50, metric=metric, cache=norms)
-                assert torch.ops.memcore._knn_rescans() == before
+                knn_search(query, keys, 50, metric=metric, cache=cache)
+                assert torch.ops.memcore._knn_rescans() == before, (Q, D, cache and cache.mirror is not None)
 
 
 def test_any_number_of_threads_and_shards(operators):
