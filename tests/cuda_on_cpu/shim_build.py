@@ -25,7 +25,7 @@ CXX_KERNEL = ["-x", "c++", "-ftls-model=initial-exec"]
 KERNEL = [*CXX_KERNEL, "-O2"]
 GLUE = ["-O1", "-DMC_ON_CPU=1", "-DMC_ALLOCATE_BY_ATEN=1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
 SANITIZERS = {
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 # Leaks: a launch that is refused leaves its fibers where they are. History: of accesses long ago only the stack is lost.
