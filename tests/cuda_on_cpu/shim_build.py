@@ -22,8 +22,8 @@ OUT = ROOT / "build" / "cuda_on_cpu"
 
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
 CXX_KERNEL = ["-x", "c++", "-ftls-model=initial-exec"]
-KERNEL = [*CXX_KERNEL, "-O2"]
-GLUE = ["-O1", "-DMC_ON_CPU=1", "-DMC_ALLOCATE_BY_ATEN=1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
+KERNEL = [*CXX_KERNEL, "-O1"]
+GLUE = ["-O0", "-DMC_ON_CPU=1", "-DMC_ALLOCATE_BY_ATEN=1", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(Path(torch.__file__).parent / "include")]
 SANITIZERS = {
     "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
