@@ -44,12 +44,23 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    gc.collect()
-    gc.freeze()  # thousands of collected tests, which every full collection would walk through
+    _settle()  # thousands of collected tests
 
 
 def pytest_sessionfinish(session):
     gc.unfreeze()
+
+
+def _settle():
+    """Full collections no longer walk through what is there by now."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What the files before left behind (compiled graphs, caches) slows nobody down."""
+    _settle()
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,12 @@ def test_opcheck(case, sample, operators):
         torch.library.opcheck(op, tuple(leaf(v, tracked) for v in args), test_utils=ALL_CHECKS)
 
 
-@pytest.mark.parametrize("case, sample", DIFFERENTIABLE_FIRSTS)
+# Operators that call all others, and those that are traced otherwise.
+COMPOSED = ("ntm_step", "knn_lookup", "least_used")
+SOME = [pytest.param(*p.values, id=p.id, marks=() if p.id in COMPOSED else pytest.mark.slow) for p in DIFFERENTIABLE_FIRSTS]
+
+
+@pytest.mark.parametrize("case, sample", SOME)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=lambda d: str(d)[6:])
 def test_opcheck_double_backward(case, sample, dtype, operators):
     _, (op, args) = raw_calls(case, sample, dtype)
@@ -90,8 +95,12 @@ def sized(case: Case, sample: Sample, B: int, N: int, W: int) -> Sample:
     return sample.resized(B=B, N=N, **({} if case.name == "ntm_step" else {"W": W}))
 
 
-@pytest.mark.parametrize("case, sample", FIRSTS)
-def test_compile(case, sample, two_backends):
+BY_REFERENCE = [pytest.param(*p.values, "reference", id=f"{p.id}-reference", marks=() if p.id in COMPOSED else pytest.mark.slow) for p in FIRSTS]
+REGISTERED = [pytest.param(*p.values, PATHS[-1], id=f"{p.id}-{PATHS[-1]}") for p in FIRSTS]
+
+
+@pytest.mark.parametrize("case, sample, backend", [*BY_REFERENCE, *REGISTERED], indirect=["backend"])
+def test_compile(case, sample, backend):
     """Same outputs and gradients with and without, in one graph that serves other B, N and W.
 
     The sizes compiled for are all different: the compiler takes equal ones for one and the same.

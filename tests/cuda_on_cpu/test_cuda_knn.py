@@ -130,9 +130,14 @@ def test_numbers_of_rows_next_to_those_of_tiles_and_lists(Q, k):
                 same_as_brute_force(Q, N, 1, k, "falling")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("D", [1, 4, 31, 36, 128, 132, 161])
-@pytest.mark.parametrize("Q", [1, 2, 37])
+COLUMNS = (1, 4, 31, 36, 128, 132, 161)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+NARROW_TILES = [pytest.param(37, D, t, marks=[] if D == 31 else [pytest.mark.slow]) for D in COLUMNS for t in (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "Q, D, dtype", [*((Q, D, t) for Q in (1, 2) for D in COLUMNS for t in TYPES), *((37, D, torch.float32) for D in COLUMNS), *NARROW_TILES]
+)
 def test_columns_of_any_number_and_place(Q, D, dtype):
     """By fours and alone, in chunks, queries that stay in shared memory and others; tensors that begin anywhere."""
     query, keys = (t / 16 for t in whole(Q, 300, D, "ties"))

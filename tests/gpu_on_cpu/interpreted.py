@@ -1,8 +1,9 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors: `python interpreted.py` prints one JSON line a case, then {"done": cases}.
 
 A process of its own, because TRITON_INTERPRET counts when triton is imported, and nothing compiles where it is set. Each sample of the
-table goes through memcore.functional, the dispatcher's key CUDA and the chooser, with backend "triton"; then some again with blocks so
-small that every loop turns. One JSON list of operators as argument runs these alone.
+plan goes through memcore.functional, the dispatcher's key CUDA and the chooser, with backend "triton": by default the first of each operator,
+and the small ones with blocks so small that every loop turns; the others, which the emulator runs as compiled code (tests/ptx_on_cpu), with
+--slow. Names of operators as arguments run these alone.
 """
 
 import json
@@ -30,8 +31,8 @@ SMALL_ELEMENTS = 600
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def plan():
-    """(case, sample, dtype, block sizes): every sample in float32, two in the narrow types, the small ones in small blocks.
+def plan(every: bool):
+    """(case, sample, dtype, block sizes): the small samples in small blocks, and the first in float32 and a narrow type; or all in float32.
 
     Long searches are left to the emulator, and what knn_lookup shares with knn_search to the latter.
     """
@@ -40,7 +41,8 @@ def plan():
             most = {"knn_search": 300, "knn_lookup": 63}.get(case.name)
             samples = [s for s in case.samples if most is None or s.sizes.get("N", 0) < most]
             for i, sample in enumerate(samples):
-                yield case, sample, torch.float32, {}
+                if every or i == 0:
+                    yield case, sample, torch.float32, {}
                 elements = sum(v.numel() for v in case.inputs(sample).values() if isinstance(v, torch.Tensor))
                 if i > 0 and elements <= SMALL_ELEMENTS and case.name != "knn_lookup":
                     yield case, sample, torch.float32, SMALL
@@ -68,10 +70,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    only, cases = json.loads(sys.argv[1]) if len(sys.argv) > 1 else None, 0
+    only, cases = {a for a in sys.argv[1:] if a != "--slow"}, 0
     standard = {k: getattr(_triton.sizes, k) for k in SMALL}
-    for case, sample, dtype, blocks in plan():
-        if only is not None and case.name not in only:
+    for case, sample, dtype, blocks in plan("--slow" in sys.argv):
+        if only and case.name not in only:
             continue
         for k, v in {**standard, **blocks}.items():
             setattr(_triton.sizes, k, v)

@@ -175,19 +175,16 @@ def versions() -> dict[str, str]:
 
 
 def tally(case: Case, samples: list[Sample], thin: bool = False) -> tuple[Counter, dict[tuple[str, str], Counter]]:
-    """Verdicts by (kernel, kind, verdict), and by (kind, place). `thin`: of the masks or shuffles of a place its first and last one."""
+    """Verdicts by (kernel, kind, verdict), and by (kind, place). `thin`: of each kind at a place the first one."""
     total: Counter = Counter()
     places: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for records in launches(case, samples):
         found = list(mutants(records[0].kernel_object.program))
-        ends = {(m.kind, m.place): m for m in reversed(found)}, {(m.kind, m.place): m for m in found}
-        for m in found:
-            key = m.kind, m.place
-            if thin and m.kind in ("mask", "shuffle") and m not in (ends[0][key], ends[1][key]):
-                continue
+        first = {(m.kind, m.place): m for m in reversed(found)}
+        for m in first.values() if thin else found:
             verdict = judge(m, records)
             total[records[0].kernel, m.kind, verdict] += 1
-            places[key][verdict] += 1
+            places[m.kind, m.place][verdict] += 1
     return total, places
 
 
