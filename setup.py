@@ -5,7 +5,8 @@
 
 MEMCORE_BUILD_NATIVE  auto (default): without torch or a compiler, warn and build the Python package alone; 0: never; 1: or fail
 MEMCORE_CUDA          auto (default): with CUDA kernels where nvcc is found (no GPU is needed, none is looked for); 0: without; 1: or fail
-TORCH_CUDA_ARCH_LIST  GPUs to compile for, as for torch ("8.0;9.0+PTX"); by default ARCHES, of those that nvcc knows
+TORCH_CUDA_ARCH_LIST  GPUs to compile for, as for torch ("8.0;9.0+PTX"), or compute_80: PTX alone, made in half the time, which the driver translates
+                      at first use; by default ARCHES, of those that nvcc knows
 MEMCORE_SANITIZE      e.g. address,undefined: instrumented, in a build folder of its own (`make test-asan`)
 CXX, CXXFLAGS, MAX_JOBS as usual.
 
@@ -114,19 +115,18 @@ def cudart_folder(nvcc: str) -> Path:
 
 
 def gpu_flags(nvcc: str) -> list[str]:
-    """What to compile for: (architecture, with PTX) of TORCH_CUDA_ARCH_LIST or ARCHES."""
+    """What to compile for, of TORCH_CUDA_ARCH_LIST or ARCHES."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if wanted:
-        if bad := [a for a in wanted if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", a)]:
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST: {', '.join(bad)} not understood; write numbers, as in 8.0;9.0+PTX")
-        arches = [(a.removesuffix("+PTX").replace(".", ""), a.endswith("+PTX")) for a in wanted]
-    else:
+    if bad := [a for a in wanted if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?|compute_\d+[a-z]?", a)]:
+        raise CompileError(f"TORCH_CUDA_ARCH_LIST: {', '.join(bad)} not understood; write numbers, as in 8.0;9.0+PTX")
+    if not wanted:
         known = [a for a in ARCHES if f"compute_{a}" in run([nvcc, "--list-gpu-arch"]).split()]
-        arches = [(a, a == known[-1]) for a in known]
-    if not arches:
-        raise CompileError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHES)}")
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a, _ in arches]
-    return flags + [f"-gencode=arch=compute_{a},code=compute_{a}" for a, ptx in arches if ptx]
+        if not known:
+            raise CompileError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHES)}")
+        wanted = [*known, f"compute_{known[-1]}"]
+    number = lambda a: a.removeprefix("compute_").removesuffix("+PTX").replace(".", "")
+    flags = [f"-gencode=arch=compute_{number(a)},code=sm_{number(a)}" for a in wanted if not a.startswith("compute_")]
+    return flags + [f"-gencode=arch=compute_{number(a)},code=compute_{number(a)}" for a in wanted if a.startswith("compute_") or a.endswith("+PTX")]
 
 
 def run(command: list[str]) -> str:

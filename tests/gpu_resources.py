@@ -131,6 +131,23 @@ def _dump(path: str | Path) -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
+def _assembled(path: str | Path) -> list[tuple[str, str, dict[str, int]]]:
+    """The same of a library that holds PTX alone: of the float32 kernels with all arrays in shared memory, put through ptxas here."""
+    text = subprocess.run([cuobjdump(), "-ptx", str(path)], capture_output=True, text=True).stdout
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
+        for module in text.split("Fatbin ptx code:")[1:]:
+            head, *entries = re.split(r"^(?=\.(?:visible|weak) \.entry)", module[module.find(".version") :], flags=re.M)
+            entries = [e for e in entries if re.fullmatch(r"\w+ float32", cuda_name(re.search(r"\w+(?=\()", e)[0]))]
+            if entries:
+                ptx.write_text(head + "".join(entries))
+                arch = re.search(r"^\.target (\w+)", head, re.M)[1]
+                subprocess.run(["ptxas", f"-arch={arch}", str(ptx), "-o", str(cubin)], check=True)
+                found += [(arch, symbol, used) for _, symbol, used in _dump(cubin)]
+    return found
+
+
 _CUDA_TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 
@@ -151,7 +168,8 @@ def missing_cuda() -> str:
         return "no cuobjdump (it comes with the CUDA toolkit and with triton)"
     if shutil.which("nvcc") is None:
         return "no nvcc: the library has no CUDA kernels"
-    return "" if _dump(_backend.native.__file__) else "the library was built without CUDA kernels"
+    listed = (subprocess.run([cuobjdump(), kind, _backend.native.__file__], capture_output=True, text=True).stdout for kind in ("-lelf", "-lptx"))
+    return "" if any(" file " in text for text in listed) else "the library was built without CUDA kernels"
 
 
 @lru_cache(maxsize=None)
@@ -165,7 +183,8 @@ def missing_shim() -> str:
 def cuda() -> dict[str, dict[str, dict[str, int]]]:
     """kernel -> architecture -> resources, of the library as built."""
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for arch, symbol, used in _dump(_backend.native.__file__):
+    library = _backend.native.__file__
+    for arch, symbol, used in _dump(library) or _assembled(library):
         found.setdefault(cuda_name(symbol), {})[arch] = used
     return dict(sorted(found.items()))
 
