@@ -35,10 +35,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     # Emulators and GPU compilers come last: they leave a heap full of holes, in which the tests that measure the process's growth would see no leak.
     items.sort(key=lambda item: "_on_cpu" in item.nodeid or "gpu" in item.nodeid)
-    skip_slow = not config.getoption("--slow") and not config.getoption("markexpr")
+    if not config.getoption("--slow") and not config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     for item in items:
-        if skip_slow and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

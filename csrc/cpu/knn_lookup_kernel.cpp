@@ -11,19 +11,25 @@ MC_INLINE bool finite(double x) { return x - x == 0; }
 // Weights of distances d [k], ascending; 0 where they are not finite. The nearest distance is a factor of all kernels, which keeps
 // them in range.
 template <class C> MC_INLINE void weigh(const KnnRead& a, const C* d, double* w) {
-  double sum = 0;
   const double nearest = a.k > 0 ? (double)d[0] : 0;
-  for (int64_t i = 0; i < a.k; i++) {
-    const double x = (double)d[i];
-    w[i] = !finite(x) ? 0 : a.kernel == kInverseDistance ? (nearest + a.delta) / (x + a.delta) : a.kernel == kSoftmax ? __builtin_exp((nearest - x) / a.delta) : 1;
-    sum += w[i];
-  }
+  const auto each = [&](auto kernel) {
+    for (int64_t i = 0; i < a.k; i++) w[i] = finite((double)d[i]) ? kernel((double)d[i]) : 0;
+  };
+  if (a.kernel == kInverseDistance) each([&](double x) { return (nearest + a.delta) / (x + a.delta); });
+  else if (a.kernel == kSoftmax) each([&](double x) { return __builtin_exp((nearest - x) / a.delta); });
+  else each([](double) { return 1.0; });
+  double sum = 0;
+  for (int64_t i = 0; i < a.k; i++) sum += w[i];
   for (int64_t i = 0; i < a.k; i++) w[i] = sum > 0 ? w[i] / sum : 0;
 }
 
 // to += x * row
-template <class T> MC_INLINE void add_row(Acc<T>* to, Acc<T> x, const T* row, int64_t n) {
+template <class T> MC_INLINE void add_row(Acc<T>* __restrict to, Acc<T> x, const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] += x * wide(row[i]);
+}
+// to += x * (a - b)
+template <class T> MC_INLINE void add_difference(Acc<T>* __restrict to, Acc<T> x, const T* a, const T* b, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += x * (wide(a[i]) - wide(b[i]));
 }
 template <class T> MC_INLINE void put_row(T* to, const Acc<T>* from, int64_t n) {
   for (int64_t i = 0; i < n; i++) put(to + i, from[i]);
@@ -86,7 +92,7 @@ template <class T> struct Slopes {
       const T* key = (const T*)a.keys + (first + rows[j]) * a.D;
       if (a.metric == kL2) {
         to_query[j] = to_key[j] = (C)(-2 * slope[j]);
-        for (int64_t x = 0; x < a.D; x++) dq[x] += (C)(2 * slope[j]) * (wide(query[x]) - wide(key[x]));
+        add_difference(dq, (C)(2 * slope[j]), query, key, a.D);
       } else if (a.metric == kIp) {
         to_query[j] = (C)-slope[j];
         add_row(dq, (C)-slope[j], key, a.D);
@@ -125,8 +131,8 @@ template <class T> struct Slopes {
       mean += w[j] * dw[j];
     }
     if (a.kernel == kUniform) return;
-    for (int64_t j = 0; j < a.k; j++)
-      if (w[j] != 0) slope[j] -= w[j] * (dw[j] - mean) / (a.kernel == kInverseDistance ? (double)d[j] + a.delta : a.delta);
+    const double of_distance = a.kernel == kInverseDistance ? 1 : 0;
+    for (int64_t j = 0; j < a.k; j++) slope[j] -= w[j] != 0 ? w[j] * (dw[j] - mean) / (of_distance * (double)d[j] + a.delta) : 0;
   }
 };
 
@@ -169,7 +175,7 @@ template <class T> void scatter(const KnnRead& a, int64_t begin, int64_t end) {
       const T* key = (const T*)a.keys + (first_of(i) + a.indices[place]) * a.D;
       const C x = ((const C*)a.to_query)[place], y = ((const C*)a.to_key)[place], w = ((const C*)a.weight)[place];
       if (a.metric == kL2 && x != 0) {
-        for (int64_t d = 0; d < a.D; d++) dk[d] += x * (wide(query[d]) - wide(key[d]));
+        add_difference(dk, x, query, key, a.D);
       } else if (x != 0) {
         add_row(dk, x, query, a.D);
         if (y != 0) add_row(dk, -y, key, a.D);
