@@ -5,7 +5,7 @@
 
 MEMCORE_BUILD_NATIVE  auto (default): without torch or a compiler, warn and build the Python package alone; 0: never; 1: or fail
 MEMCORE_CUDA          auto (default): with CUDA kernels where nvcc is found (no GPU is needed, none is looked for); 0: without; 1: or fail
-TORCH_CUDA_ARCH_LIST  GPUs to compile for, as for torch ("8.0;9.0+PTX"), or compute_80: PTX alone, made in half the time, which the driver translates
+TORCH_CUDA_ARCH_LIST  GPUs to compile for, as for torch ("8.0;9.0+PTX"), or compute_80: PTX alone, quicker to make, which the driver translates
                       at first use; by default ARCHES, of those that nvcc knows
 MEMCORE_SANITIZE      e.g. address,undefined: instrumented, in a build folder of its own (`make test-asan`)
 CXX, CXXFLAGS, MAX_JOBS as usual.

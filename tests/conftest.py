@@ -36,9 +36,11 @@ def pytest_collection_modifyitems(config, items):
     # Emulators and GPU compilers come last: they leave a heap full of holes, in which the tests that measure the process's growth would see no leak.
     items.sort(key=lambda item: "_on_cpu" in item.nodeid or "gpu" in item.nodeid)
     if not config.getoption("--slow") and not config.getoption("markexpr"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        kept: dict[bool, list] = {True: [], False: []}
+        for item in items:
+            kept[item.get_closest_marker("slow") is None].append(item)
+        config.hook.pytest_deselected(items=kept[False])
+        items[:] = kept[True]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

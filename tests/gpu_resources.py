@@ -180,11 +180,14 @@ def missing_shim() -> str:
     return "" if shim_build.compiler() else "no C++ compiler (c++, g++, clang++ or $CXX) to build the CUDA launchers for the CPU"
 
 
+def ptx_alone() -> bool:
+    return not _dump(_backend.native.__file__)
+
+
 def cuda() -> dict[str, dict[str, dict[str, int]]]:
     """kernel -> architecture -> resources, of the library as built."""
     found: dict[str, dict[str, dict[str, int]]] = {}
-    library = _backend.native.__file__
-    for arch, symbol, used in _dump(library) or _assembled(library):
+    for arch, symbol, used in (_assembled if ptx_alone() else _dump)(_backend.native.__file__):
         found.setdefault(cuda_name(symbol), {})[arch] = used
     return dict(sorted(found.items()))
 

@@ -1,6 +1,7 @@
 """The gates on what compilers make of the GPU kernels: no spill on any architecture, and nothing but what results/gpu/resources.json says.
 
-Each run compiles every Triton kernel in its heaviest form for every architecture and reads all CUDA kernels of the library; --slow compiles all forms.
+Each run compiles every Triton kernel in its heaviest form for every architecture and reads all CUDA kernels of the library (of one that holds PTX
+alone, the float32 ones); --slow compiles all forms.
 """
 
 import ctypes
@@ -39,7 +40,7 @@ def built_for() -> set[str]:
 def kernels_of(table) -> set[str]:
     """The table's CUDA kernels that are judged: of PTX alone those in float32."""
     names = table["cuda"].keys()
-    return {n for n in names if re.fullmatch(r"\w+ float32", n)} if "compute_" in os.environ.get("TORCH_CUDA_ARCH_LIST", "") else set(names)
+    return {n for n in names if not resources.ptx_alone() or re.fullmatch(r"\w+ float32", n)}
 
 
 @needs_cuda

@@ -141,9 +141,12 @@ def groups():
     return found
 
 
-@pytest.mark.parametrize("file, kind", groups())
+GROUPS = groups()
+
+
+@pytest.mark.parametrize("file, kind", GROUPS)
 def test_a_mutant_is_killed(file, kind, lab):
-    mutant = next(m for m in groups()[file, kind] if lab.reached[m.number])  # some of block.h only searches reach
+    mutant = next(m for m in GROUPS[file, kind] if lab.reached[m.number])  # some of block.h only searches reach
     assert lab.killer(mutant), mutant
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors: `python interpreted.py` prints one JSON line a case, then {"done": cases}.
 
 A process of its own, because TRITON_INTERPRET counts when triton is imported, and nothing compiles where it is set. Each sample of the
-plan goes through memcore.functional, the dispatcher's key CUDA and the chooser, with backend "triton": by default the first of each operator,
+plan goes through memcore.functional, the dispatcher's key CUDA and the chooser, with backend "triton": by default the first ones of each operator,
 and the small ones with blocks so small that every loop turns; the others, which the emulator runs as compiled code (tests/ptx_on_cpu), with
 --slow. Names of operators as arguments run these alone.
 """
@@ -32,7 +32,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def plan(every: bool):
-    """(case, sample, dtype, block sizes): the small samples in small blocks, and the first in float32 and a narrow type; or all in float32.
+    """(case, sample, dtype, block sizes): the small samples in small blocks, the first in float32, two in the narrow types; or all in float32, too.
 
     Long searches are left to the emulator, and what knn_lookup shares with knn_search to the latter.
     """
