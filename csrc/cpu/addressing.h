@@ -400,16 +400,22 @@ template <class C, bool LOG, bool KNOWN> MC_INLINE C sharpen_from(C* p, C* ratio
     if (LOG) fill(ratio_log, Np, (C)0);
     return 1;
   }
-  Total<C> total;
+  // Logarithms and exponentials in loops of their own: one chain of both is longer than a processor looks ahead.
+  C* logs = LOG ? ratio_log : p;
   const Ratio<C> ratio(extreme);
   abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
     constexpr int B = count.value;
     Vec<C> l[B];
     each_of<B>([&](int i) { l[i] = ratio.of(load(w + n + i * L)); });
     log_positives<B>(l);
-    if (LOG) each_of<B>([&](int i) { store(ratio_log + n + i * L, load(w + n + i * L) <= 0 ? Vec<C>{} : l[i]); });
-    if (KNOWN) return;
-    each_of<B>([&](int i) { l[i] = gamma * l[i]; });
+    each_of<B>([&](int i) { store(logs + n + i * L, load(w + n + i * L) <= 0 ? Vec<C>{} : l[i]); });
+  });
+  if (KNOWN) return 1;
+  Total<C> total;
+  abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
+    constexpr int B = count.value;
+    Vec<C> l[B];
+    each_of<B>([&](int i) { l[i] = gamma * load(logs + n + i * L); });
     exp_negatives<B>(l);
     each_of<B>([&](int i) {
       l[i] = load(w + n + i * L) <= 0 ? Vec<C>{} : l[i];
@@ -417,7 +423,7 @@ template <class C, bool LOG, bool KNOWN> MC_INLINE C sharpen_from(C* p, C* ratio
       total.add(l[i]);
     });
   });
-  return KNOWN ? 1 : 1 / total.value();
+  return 1 / total.value();
 }
 template <class C> MC_INLINE void scale_row(C* p, C factor, int64_t N, int64_t Np) {
   constexpr int L = Lanes<C>::n;
