@@ -1,9 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors: `python interpreted.py` prints one JSON line a case, then {"done": cases}.
 
 A process of its own, because TRITON_INTERPRET counts when triton is imported, and nothing compiles where it is set. Each sample of the
-plan goes through memcore.functional, the dispatcher's key CUDA and the chooser, with backend "triton": by default the first ones of each operator,
-and the small ones with blocks so small that every loop turns; the others, which the emulator runs as compiled code (tests/ptx_on_cpu), with
---slow. Names of operators as arguments run these alone.
+plan goes through memcore.functional, the dispatcher's key CUDA and the chooser, with backend "triton". Names of operators as arguments run these alone.
 """
 
 import json
@@ -31,8 +29,8 @@ SMALL_ELEMENTS = 600
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def plan(every: bool):
-    """(case, sample, dtype, block sizes): the small samples in small blocks, the first in float32, two in the narrow types; or all in float32, too.
+def plan():
+    """(case, sample, dtype, block sizes): every sample in float32, the small ones in small blocks too, two in the narrow types.
 
     Long searches are left to the emulator, and what knn_lookup shares with knn_search to the latter.
     """
@@ -41,8 +39,7 @@ def plan(every: bool):
             most = {"knn_search": 300, "knn_lookup": 63}.get(case.name)
             samples = [s for s in case.samples if most is None or s.sizes.get("N", 0) < most]
             for i, sample in enumerate(samples):
-                if every or i == 0:
-                    yield case, sample, torch.float32, {}
+                yield case, sample, torch.float32, {}
                 elements = sum(v.numel() for v in case.inputs(sample).values() if isinstance(v, torch.Tensor))
                 if i > 0 and elements <= SMALL_ELEMENTS and case.name != "knn_lookup":
                     yield case, sample, torch.float32, SMALL
@@ -70,9 +67,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    only, cases = {a for a in sys.argv[1:] if a != "--slow"}, 0
+    only, cases = set(sys.argv[1:]), 0
     standard = {k: getattr(_triton.sizes, k) for k in SMALL}
-    for case, sample, dtype, blocks in plan("--slow" in sys.argv):
+    for case, sample, dtype, blocks in plan():
         if only and case.name not in only:
             continue
         for k, v in {**standard, **blocks}.items():

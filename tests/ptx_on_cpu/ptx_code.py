@@ -36,8 +36,8 @@ class Translator:
             if program.blocks[k].end is None:
                 self.last[k] = self.last[k + 1]
                 self.sizes[1][k] += self.sizes[1][k + 1]
-        first = [b.body[0] if b.body else None for b in program.blocks]
-        self.syncs = ["" if i is None else "warp" if is_warp_sync(i) else "arrival" if program.sleeps and is_arrival(i) else "" for i in first]
+        first, sleeps = [b.body[0] if b.body else None for b in program.blocks], program.sleeps
+        self.syncs = ["" if i is None else "warp" if is_warp_sync(i) else "arrival" if sleeps and is_arrival(i) else "" for i in first]
         """What a block starts with that not every lane goes through at once."""
         self.reductions: dict[int, tuple[str, int]] = {}
         """Barriers with a result: block index -> (kind, register)."""

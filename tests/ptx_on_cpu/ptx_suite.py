@@ -83,11 +83,21 @@ _triton: dict[tuple, tuple[Kernel, int]] = {}
 
 
 def triton_compile(source, num_warps: int, arch: int):
-    """triton.compile for an NVIDIA GPU that need not be there."""
+    """triton.compile for an NVIDIA GPU that need not be there, as far as PTX: ptxas would take half the time, and nothing here runs what it makes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    def hook(backend=None, stages=None, *_):
+        if stages is None:
+            return "ptx alone", "ptx alone"  # a key of its own in Triton's cache
+        stages["cubin"] = lambda ptx, metadata: b""
+
+    runtime = triton.knobs.runtime
+    before, runtime.add_stages_inspection_hook = runtime.add_stages_inspection_hook, hook
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    finally:
+        runtime.add_stages_inspection_hook = before
 
 
 def triton_kernel(source, num_warps: int, arch: int) -> tuple[Kernel, int]:
@@ -104,7 +114,7 @@ def nvcc_ptx(op: str, arch: int) -> str:
     """PTX of csrc/cuda/<op>.cu, kept in build/ by the contents it is made from: the library's own where that was built with it, else compiled."""
     source = CUDA / f"{op}.cu"
     digest = hashlib.sha256(source.read_bytes())
-    for p in sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]):
+    for p in headers():
         digest.update(p.name.encode() + p.read_bytes())
     digest.update(nvcc_version().encode())
     out = OUT / f"{op}.sm_{arch}.{digest.hexdigest()[:16]}.ptx"
@@ -122,12 +132,18 @@ def nvcc_ptx(op: str, arch: int) -> str:
     return out.read_text()
 
 
+def headers() -> list[Path]:
+    """What the CUDA sources include of ours."""
+    return sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")])
+
+
 def built_ptx(op: str, arch: int) -> str:
     """The PTX for this architecture in the library's object file; empty if there is none, or a source that is newer."""
     from gpu_resources import cuobjdump
 
     obj = ROOT / "build" / "native" / f"cuda-{op}.cu.o"
-    if cuobjdump() is None or not obj.exists() or max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.is_file()) > obj.stat().st_mtime:
+    sources = [CUDA / f"{op}.cu", *headers()]
+    if cuobjdump() is None or not obj.exists() or max(p.stat().st_mtime for p in sources) > obj.stat().st_mtime:
         return ""
     done = subprocess.run([cuobjdump(), "-ptx", "-arch", f"sm_{arch}", str(obj)], capture_output=True, text=True)
     at = done.stdout.find(".version") if not done.returncode else -1

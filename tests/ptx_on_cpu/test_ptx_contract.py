@@ -14,13 +14,15 @@ from ptx_suite import BACKENDS, Emulator, emulated, missing, nvcc_ptx, operators
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# Searches of so many rows are slow; Triton's knn_lookup launches the kernels of knn_search.
-LONG = {("triton", "knn_search"): 300, ("triton", "knn_lookup"): 63, ("cuda", "knn_search"): 1000, ("cuda", "knn_lookup"): 1000}
+# Samples of so many rows are slow. Triton's knn_lookup launches the kernels of knn_search.
+LONG = {
+    "triton": {"knn_search": 300, "knn_lookup": 63, "ntm_step": 1000},
+    "cuda": {"knn_search": 1000, "knn_lookup": 1000},
+}
 
 
 def plan():
-    """On sm_80 every sample in float32, and one in each narrow type; on sm_90 the first, as Triton compiles it (no source of CUDA's asks for the
-    architecture). The rest, and long searches, are slow."""
+    """On sm_80 every sample in float32, and one in each narrow type. The rest, sm_90 and long samples are slow."""
     for backend in BACKENDS:
         for p in PAIRS:
             case, sample = p.values
@@ -29,11 +31,8 @@ def plan():
             at = case.samples.index(sample)
             for dtype in DTYPES:
                 for arch in (80, 90):
-                    if arch == 80:
-                        usual = dtype == "float32" or at == (2 if dtype == "bfloat16" else 3)
-                    else:
-                        usual = (backend, dtype, at) == ("triton", "float32", 0)
-                    slow = not usual or sample.sizes.get("N", 0) >= LONG.get((backend, case.name), 1000000)
+                    usual = arch == 80 and (dtype == "float32" or at == (2 if dtype == "bfloat16" else 3))
+                    slow = not usual or sample.sizes.get("N", 0) >= LONG[backend].get(case.name, 1000000)
                     marks = [pytest.mark.slow] if slow else []
                     if missing(backend):
                         marks.append(pytest.mark.skip(reason=missing(backend)))
