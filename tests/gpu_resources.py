@@ -448,6 +448,12 @@ def page(table: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+def partial(built: set[str]) -> str:
+    """Why a table of a library with code for these architectures would have holes; empty if it would not."""
+    lacking = sorted(set(NVIDIA) - built)
+    return f"the library has no code for {', '.join(lacking)}: build it without TORCH_CUDA_ARCH_LIST" if lacking else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", action="store_true", help="write the page alone, from the table as it is")
@@ -457,6 +463,8 @@ def main() -> None:
     for why in (missing_cuda(), missing_triton(), missing_shim()):
         if why:
             sys.exit(f"the table needs everything: {why}")
+    if why := partial({arch for arch, *_ in _dump(_backend.native.__file__)}):
+        sys.exit(f"the table needs everything: {why}")
     write()
 
 

@@ -63,6 +63,12 @@ def test_cuda_launches(table, geometry):
             assert blocks(arch, threads, table["cuda"][name][arch]["registers"], shared) >= 1, f"{name} on {arch}"
 
 
+def test_no_table_is_written_of_a_part():
+    assert resources.partial({*NVIDIA, "sm_87"}) == ""
+    assert resources.partial({"sm_80", "sm_90"}) == "the library has no code for sm_100, sm_120: build it without TORCH_CUDA_ARCH_LIST"
+    assert "sm_80" in resources.partial(set())  # PTX alone
+
+
 def kernels_of_the_package() -> set[str]:
     """Names of all Triton kernels: jit functions whose name has "kernel" in it, by the name they are defined under."""
     modules = ["_triton", *(f"{p.parent.name}.triton" for p in (ROOT / "kernels").glob("*/triton.py"))]
