@@ -16,7 +16,7 @@ SANITIZE ?= address,undefined
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/memcore.ready
-SPREAD := --maxprocesses=8 --dist=loadfile # a file's tests share what it compiles
+SPREAD := --maxprocesses=8 --dist=loadfile --no-loadscope-reorder # a file's tests share what it compiles; tests/conftest.py orders them
 
 .DEFAULT_GOAL := help
 .PHONY: help test demo bench build test-slow test-asan gpu gpu-sanitize gpu-tables clean

@@ -30,11 +30,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs with --slow or -m slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "growth: measures how the process grows; its file comes first")
 
 
 def pytest_collection_modifyitems(config, items):
-    # Emulators and GPU compilers come last: they leave a heap full of holes, in which the tests that measure the process's growth would see no leak.
-    items.sort(key=lambda item: "_on_cpu" in item.nodeid or "gpu" in item.nodeid)
+    # Emulators and GPU compilers leave a heap full of holes, in which a leak would not be seen: growth is measured before. Then they, which take the
+    # longest, and at last the many short files, which leave no worker idle for long.
+    early = {item.path for item in items if item.get_closest_marker("growth")}
+    long = ("_on_cpu", "gpu", "test_contract_")
+    items.sort(key=lambda item: 0 if item.path in early else 1 if any(name in item.nodeid for name in long) else 2)
     if not config.getoption("--slow") and not config.getoption("markexpr"):
         kept: dict[bool, list] = {True: [], False: []}
         for item in items:

@@ -310,6 +310,7 @@ def test_the_growth_table_has_a_line_for_each_size_of_the_newest_run(run):
     ]
 
 
+@pytest.mark.growth
 def test_growth_is_measured_and_judged(monkeypatch):
     monkeypatch.setattr(runner, "GROWTH", {"T": cases.GROWTH_QUICK["T"]})
     monkeypatch.setattr(runner, "CALLS", 10)

@@ -331,6 +331,7 @@ def test_empty(case, sample, sizes, backend):
 # Size and time --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.growth
 @pytest.mark.skipif(resident() is None, reason="needs /proc")
 @pytest.mark.parametrize("case, sample", FIRSTS)
 def test_memory_does_not_grow(case, sample, operators):

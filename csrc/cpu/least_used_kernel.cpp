@@ -6,55 +6,63 @@ namespace memcore {
 namespace MC_ISA {
 namespace {
 
-// Ascending by (usage, index), NaN last.
-template <class C> MC_INLINE bool before(const C* u, int64_t i, int64_t j) {
-  const C x = u[i], y = u[j];
-  if (x < y) return true;
-  if (y < x) return false;
-  const bool nx = x != x, ny = y != y;
-  return nx != ny ? ny : i < j;
+// Numbers that ascend by (usage, index), NaN last: a whole-number comparison instead of three branches.
+typedef unsigned __int128 Rank;
+MC_INLINE Rank rank(float usage, int64_t i) {
+  const float x = usage + 0;  // -0 is 0
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = x != x ? ~0u : bits ^ (bits >> 31 ? ~0u : 1u << 31);
+  return (Rank)bits << 64 | (uint64_t)i;
+}
+MC_INLINE Rank rank(double usage, int64_t i) {
+  const double x = usage + 0;
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  bits = x != x ? ~0ull : bits ^ (bits >> 63 ? ~0ull : 1ull << 63);
+  return (Rank)bits << 64 | (uint64_t)i;
 }
 
-template <class C> MC_INLINE void sift_down(const C* u, int64_t* heap, int64_t size) {
-  for (int64_t i = 0;;) {
-    int64_t child = 2 * i + 1;
-    if (child >= size) return;
-    if (child + 1 < size && before(u, heap[child], heap[child + 1])) child++;
-    if (!before(u, heap[i], heap[child])) return;
-    const int64_t t = heap[i];
-    heap[i] = heap[child], heap[child] = t;
-    i = child;
+// Puts x into the heap's top, the greatest of each branch above the others.
+MC_INLINE void replace_top(Rank* heap, int64_t size, Rank x) {
+  int64_t i = 0;
+  for (int64_t child; (child = 2 * i + 1) < size; i = child) {
+    if (child + 1 < size) child += heap[child] < heap[child + 1];
+    if (heap[child] <= x) break;
+    heap[i] = heap[child];
   }
+  heap[i] = x;
 }
 
 template <class T> void forward(const LeastArgs& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
   constexpr int L = Lanes<C>::n;
   C* u;
-  Arena arena([&](Arena& x) { x.take(u, a.N); });
+  Rank* heap;
+  Arena arena([&](Arena& x) { x.take(u, a.N), x.take(heap, a.n); });
   for (int64_t b = begin; b < end; b++) {
-    widen(u, (const T*)a.usage + b * a.N, a.N);
+    const C* usage = widened((const T*)a.usage + b * a.N, a.N, u);
     // A heap of the n least so far, the greatest of them on top.
-    int64_t *heap = a.indices + b * a.n, size = 0, i = 0;
+    int64_t size = 0, i = 0;
     for (; i < a.N && size < a.n; i++) {
+      const Rank x = rank(usage[i], i);
       int64_t at = size++;
-      for (; at > 0 && before(u, heap[(at - 1) / 2], i); at = (at - 1) / 2) heap[at] = heap[(at - 1) / 2];
-      heap[at] = i;
+      for (; at > 0 && heap[(at - 1) / 2] < x; at = (at - 1) / 2) heap[at] = heap[(at - 1) / 2];
+      heap[at] = x;
     }
     for (; i < a.N && size > 0; i++) {
-      if (const C top = u[heap[0]]; top == top) {  // most vectors have no slot below it
+      if (const C top = usage[(int64_t)(uint64_t)heap[0]]; top == top) {  // most vectors have no slot below it
         uint32_t hits = 0;
-        while (i + L <= a.N && !(hits = below(load(u + i), splat(top)))) i += L;
+        while (i + L <= a.N && !(hits = below(load(usage + i), splat(top)))) i += L;
         if (hits) i += __builtin_ctz(hits);
+        if (i == a.N) break;
       }
-      if (i == a.N || !before(u, i, heap[0])) continue;
-      heap[0] = i;
-      sift_down(u, heap, size);
+      if (const Rank x = rank(usage[i], i); x < heap[0]) replace_top(heap, size, x);
     }
-    while (size > 1) {
-      const int64_t top = heap[0];
-      heap[0] = heap[--size], heap[size] = top;
-      sift_down(u, heap, size);
+    int64_t* to = a.indices + b * a.n;
+    for (; size > 0; size--) {
+      to[size - 1] = (int64_t)(uint64_t)heap[0];
+      replace_top(heap, size - 1, heap[size - 1]);
     }
   }
 }

@@ -134,10 +134,16 @@ class Table {
     else all((double*)rings.keys, (double*)rings.values);
   }
 
-  // The same of tensors, `hashes` may be None, if they are as plain as can be; else false, and nothing is written.
-  bool write_tensors(py::handle keys, py::handle values, py::handle hashes, int64_t dictionary, double alpha) {
-    if (dictionary < 0 || dictionary >= slots.A) return false;
-    int64_t n = -1;
+  // The same of tensors, `hashes` may be None and so may the only dictionary, if they are as plain as can be; else false, and nothing is written.
+  bool write_tensors(py::handle keys, py::handle values, py::handle hashes, py::handle which, double alpha) {
+    int64_t dictionary = 0, n = -1;
+    if (PyLong_CheckExact(which.ptr())) {
+      int overflow;
+      dictionary = PyLong_AsLongLongAndOverflow(which.ptr(), &overflow);
+      if (overflow || dictionary < 0 || dictionary >= slots.A) return false;
+    } else if (!which.is_none() || slots.A != 1) {
+      return false;
+    }
     const void* k = rows_of(keys, dlpack::kFloat, rings.element, rings.D, n);
     const void* v = k ? rows_of(values, dlpack::kFloat, rings.element, rings.V, n) : nullptr;
     const void* h = v && !hashes.is_none() ? rows_of(hashes, dlpack::kInt, 8, 0, n) : nullptr;
@@ -163,12 +169,14 @@ class Table {
     const int64_t D = rings.D, V = rings.V, N = slots.N;
     for (int64_t i = 0; i < (dictionaries ? n : 1); i++) checked(dictionaries ? dictionaries[i] : a);
     publish(1);
+    if (n == 1) fetch_oldest(ring_keys, ring_values, dictionaries ? dictionaries[0] : a);
     uint64_t ahead[kAhead];
     for (int64_t i = 0; i < n; i++, keys += D, values += V) {
       if (i % kAhead == 0) {
         const int64_t m = n - i < kAhead ? n - i : kAhead;
         for (int64_t j = 0; j < m; j++) ahead[j] = hashes ? (uint64_t)hashes[i + j] : hash_bytes(keys + j * D, D * (int64_t)sizeof(T));
         if (m > 1) fetch(ring_keys, ring_values, ahead, m, dictionaries ? dictionaries + i : nullptr, a);
+        else slots.fetch_replaced(dictionaries ? dictionaries[i] : a, ahead[0]);
       }
       if (dictionaries) a = dictionaries[i];
       if (!finite(keys, D) || !finite(values, V)) {
@@ -192,6 +200,23 @@ class Table {
       if (kind == SlotTable::APPENDED) rings.head[1 + a] = slots.size(a);
     }
     publish(1);
+    if (n > 0) fetch_oldest(ring_keys, ring_values, a);  // whom the next write is likely to replace
+  }
+
+  template <class T> void fetch_row(const T* ring_keys, const T* ring_values, int64_t row) const {
+    const int64_t D = rings.D;
+    for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(ring_keys + row * D + d, 1);
+    __builtin_prefetch(ring_values + row * rings.V, 1);
+    __builtin_prefetch((const T*)rings.norms + row, 1);
+    if (rings.mirror)
+      for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(rings.mirror + row * D + d, 1);
+  }
+  // Asks for the memory of the entry used least recently, if a new one would take its place.
+  template <class T> void fetch_oldest(const T* ring_keys, const T* ring_values, int64_t a) const {
+    const int64_t slot = slots.replaced(a);
+    if (slot < 0) return;
+    slots.fetch_slot(a, slot);
+    fetch_row(ring_keys, ring_values, a * slots.N + slot);
   }
 
   // Asks for the memory that some entries will need, all of them at once.
@@ -203,12 +228,7 @@ class Table {
     for (int64_t i = 0; i < n; i++) {
       if (found[i] < 0) continue;
       slots.fetch_links(owner(i), found[i]);
-      const int64_t row = owner(i) * slots.N + found[i], D = rings.D;
-      for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(ring_keys + row * D + d, 1);
-      __builtin_prefetch(ring_values + row * rings.V, 1);
-      __builtin_prefetch((const T*)rings.norms + row, 1);
-      if (rings.mirror)
-        for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(rings.mirror + row * D + d, 1);
+      fetch_row(ring_keys, ring_values, owner(i) * slots.N + found[i]);
     }
   }
 
@@ -243,6 +263,33 @@ class Table {
   int64_t counts[4] = {0, 0, 0, 0};
 };
 
+// write_tensors without pybind11's dispatcher, which after a search lies in no cache: it took as long as the write.
+constexpr const char* kTable = "memcore.SlotTable";
+PyObject* write_plain(PyObject* self, PyObject* const* args, Py_ssize_t n) {
+  auto* table = (Table*)PyCapsule_GetPointer(self, kTable);
+  if (!table) return nullptr;
+  if (n != 5) return PyErr_Format(PyExc_TypeError, "memcore._store: 5 arguments, not %zd", n);
+  const double alpha = PyFloat_AsDouble(args[4]);
+  if (alpha == -1 && PyErr_Occurred()) return nullptr;
+  try {
+    return PyBool_FromLong(table->write_tensors(args[0], args[1], args[2], args[3], alpha));
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+}
+PyMethodDef write_plain_def = {"write_tensors", (PyCFunction)(void (*)(void))write_plain, METH_FASTCALL, nullptr};
+
+// A function (keys, values, hashes, dictionary, alpha) that keeps its table alive.
+py::object writer(py::object table) {
+  PyObject* owner = table.inc_ref().ptr();
+  py::capsule capsule(table.cast<Table*>(), kTable, [](PyObject* c) { Py_XDECREF((PyObject*)PyCapsule_GetContext(c)); });
+  PyCapsule_SetContext(capsule.ptr(), owner);
+  PyObject* made = PyCFunction_New(&write_plain_def, capsule.ptr());
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
 }  // namespace
 }  // namespace memcore
 
@@ -268,6 +315,6 @@ PYBIND11_MODULE(_store, m) {
       .def("touch_at", &Table::touch_at)
       .def("bind", &Table::bind)
       .def("write", &Table::write)
-      .def("write_tensors", &Table::write_tensors)
+      .def("writer", &memcore::writer)
       .def("written", &Table::written);
 }

@@ -70,7 +70,7 @@ class SlotTable {
       link(a, slot);
     } else {
       kind = REPLACED;
-      slot = next(a, N);
+      slot = replaced(a);
       unindex(a, slot);
       touch(a, slot);
     }
@@ -85,9 +85,19 @@ class SlotTable {
   int64_t fetch_node(int64_t a, uint64_t h) const {
     const uint32_t tag = tag_of(h);
     const Bucket& t = index[a * buckets + home(tag)];
-    const int64_t slot = t.place && t.tag == tag ? t.place - 1 : count[a] < N ? -1 : next(a, N);
+    const int64_t slot = t.place && t.tag == tag ? t.place - 1 : replaced(a);
     if (slot >= 0) fetch_slot(a, slot);
     return slot;
+  }
+  // The entry whose slot a new one takes; -1 if a free one will do.
+  int64_t replaced(int64_t a) const { return count[a] < N ? -1 : next(a, N); }
+  // One entry alone: both buckets, its own and that of whom it replaces, and the latter's neighbour, side by side.
+  void fetch_replaced(int64_t a, uint64_t h) const {
+    fetch_bucket(a, h);
+    const int64_t slot = replaced(a);
+    if (slot < 0) return;
+    fetch_bucket(a, hash_of(a, slot));
+    fetch_slot(a, next(a, slot));
   }
   void fetch_slot(int64_t a, int64_t slot) const { __builtin_prefetch(&node(a, slot), 1); }
   void fetch_links(int64_t a, int64_t slot) const {

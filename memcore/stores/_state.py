@@ -126,7 +126,7 @@ class State:
 
 def _as_reader(cls: type["State"], config: dict[str, Any], tensors: dict[str, Tensor | None]) -> "State":
     store = cls.from_config({**config, "capacity": 1, "optimizer": None, "grad_keys": False}, device=tensors["keys"].device)
-    store.capacity, store._table, store._direct = config["capacity"], None, False
+    store.capacity, store._table, store._direct, store._write_plain = config["capacity"], None, False, None
     for name, t in tensors.items():
         setattr(store._rings, name, t)
     store._rings.views()

@@ -26,6 +26,7 @@ _DTYPES = (torch.float32, torch.float64)
 _PATIENCE = 100  # lookups tried again because of a writer
 _LARGEST = 2**31 - 2
 _forks = 0
+_increment_version = torch._C._increment_version
 
 
 def _forked() -> None:
@@ -151,6 +152,7 @@ class DND(Lookup, Changes, State):
         self.searcher = searcher
         if searcher is not None:
             searcher.attach(self)
+        self._choose()
 
     def _start(self) -> None:
         self._lock, self._fork = threading.RLock(), _forks
@@ -164,6 +166,10 @@ class DND(Lookup, Changes, State):
         r = self._rings
         addresses = (0 if t is None else t.data_ptr() for t in (r.keys, r.values, r.head, r.norms, r.mirror, r.rounding, r.steps))
         self._table.bind(self.key_width, self.value_width, self.dtype.itemsize, *addresses)
+
+    def _choose(self) -> None:
+        """How plain tensors are written at once, if nobody else need be told of them; None if they are not."""
+        self._write_plain = self._table.writer() if self._direct and self._log is None and self.searcher is None else None
 
     def _here(self, op: str, write: bool = True) -> None:
         if self._fork != _forks:
@@ -288,10 +294,11 @@ class DND(Lookup, Changes, State):
         """
         if self._fork != _forks or self._table is None:
             self._here("write")
-        if self._direct and self._log is None and self.searcher is None and (type(dictionary) is int or dictionary is None and self.dictionaries == 1):
-            with self._lock:  # the short way of plain tensors
-                if self.keys.grad is None and self.values.grad is None and self._table.write_tensors(keys, values, hashes, dictionary or 0, self.alpha):
-                    torch._C._increment_version(self._both)  # a backward that saved them raises
+        plain = self._write_plain
+        if plain is not None:  # few steps: after a search they, too, come from slow memory
+            with self._lock:
+                if self.keys.grad is None and self.values.grad is None and plain(keys, values, hashes, dictionary, self.alpha):
+                    _increment_version(self._both)  # a backward that saved them raises
                     return
         keys, values = self._entries(keys, values)
         n = len(keys)
@@ -314,7 +321,7 @@ class DND(Lookup, Changes, State):
                     keys.data_ptr(), values.data_ptr(), 0 if hashes is None else hashes.data_ptr(), 0 if which is None else which.data_ptr(),
                     a, n, self.alpha, 0 if placed is None else placed.data_ptr(),
                 )  # fmt: skip
-                torch._C._increment_version(self._both)
+                _increment_version(self._both)
             else:
                 placed = self._write_rows(keys, values, hashes, torch.full((n,), a) if which is None else which)
             if told and n:
@@ -482,6 +489,7 @@ class DND(Lookup, Changes, State):
         if dictionaries is not None:
             new = cls(dictionaries, capacity, key_width, value_width, **settings, **more)
         store, store._log = _files.open_folder(cls, Path(folder), new, **more)
+        store._choose()
         return store
 
     def flush(self) -> None:
@@ -502,6 +510,7 @@ class DND(Lookup, Changes, State):
             self.flush()
             self._log.close()
             self._log = None
+            self._choose()
 
     def __enter__(self) -> "DND":
         return self

@@ -42,6 +42,7 @@ OUT = ROOT / "build" / "ptx_on_cpu"
 sys.path.append(str(HERE.parent / "cuda_on_cpu"))
 
 BACKENDS = ("triton", "cuda")
+COMPOSED = ("ntm_addressing", "ntm_step")  # made of the other operators' functions; Triton takes seconds for each kernel
 SETS = "knn_scan_"  # of these kernels' candidates, integers of 64 bits, the order is free
 
 

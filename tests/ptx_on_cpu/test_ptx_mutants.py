@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cases import CASES
-from ptx_suite import missing, operators
+from ptx_suite import COMPOSED, missing, operators
 
 if missing("triton"):
     pytest.skip(missing("triton"), allow_module_level=True)
@@ -13,8 +13,8 @@ if missing("triton"):
 from ptx_mutants import COMMITTED, SEARCHES, quick, tally, unproved, verdicts, versions, whole
 
 TABLE = json.loads(COMMITTED.read_text())
-SLOW = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in SEARCHES else []) for c in CASES if c.name in operators("triton")]
 HAVE = [pytest.param(c, id=c.name) for c in CASES if c.name in operators("triton")]
+SLOW = [pytest.param(*p.values, id=p.id, marks=[pytest.mark.slow] if p.id in (*SEARCHES, *COMPOSED) else []) for p in HAVE]
 
 
 def test_the_committed_verdicts_are_of_all_operators_and_leave_nothing_unproved():

@@ -16,6 +16,7 @@ class OnDevice(DND):
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
         self._direct = False
+        self._choose()
         self._rings.stamps = torch.zeros(self.dictionaries * self.capacity, dtype=torch.int64)
 
 

@@ -239,6 +239,15 @@ def test_tensors_of_every_form_are_written_alike(Store):
         for a, b in ((store.keys, plain.keys), (store.values, plain.values)):
             assert torch.equal(a, b), name
         assert store.find([3, 1, 4, 9], dictionary=1).tolist() == [0, 1, 2, 3], name
+    if plain._write_plain is not None:
+        short = {name: stores[name]._write_plain(form(keys), form(values), form(hashes), 1, 0.1) for name, form in forms.items()}
+        assert [name for name, taken in short.items() if taken] == ["plain", "an offset"]
+        for which in (None, 2, -1, 2**70, True, torch.tensor(1)):
+            assert plain._write_plain(keys, values, hashes, which, 0.1) is False
+        with pytest.raises(TypeError):
+            plain._write_plain(keys, values, hashes, 1, "0.1")
+        with pytest.raises(TypeError, match="5 arguments"):
+            plain._write_plain(keys, values)
     with pytest.raises(ValueError, match="'dictionary' must be"):
         plain.write(keys, values, hashes, dictionary=2)
     with pytest.raises(ValueError, match="'hashes' must have shape"):
