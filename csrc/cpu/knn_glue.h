@@ -11,6 +11,9 @@ namespace memcore {
 struct Found {
   Tensor indices, distances;
 };
+// Throws if these do not fit each other; `values` may be null.
+void knn_check(const Tensor& query, const Tensor& keys, const Tensor* values, const OptionalTensor& count, const OptionalTensor& norms,
+               const OptionalTensor& mirror, const OptionalTensor& rounding, int64_t k, int64_t metric);
 Found knn_find(const Tensor& query, const Tensor& keys, const OptionalTensor& count, const OptionalTensor& norms, const OptionalTensor& mirror,
                const OptionalTensor& rounding, int64_t k, int64_t metric);
 

@@ -16,6 +16,7 @@ KnnRead reading(const Tensor& query, const Tensor& keys, const Tensor& values, c
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> knn_lookup_fwd(
     Tensor query, Tensor keys, Tensor values, OptionalTensor count, OptionalTensor norms, OptionalTensor mirror, OptionalTensor rounding, int64_t k,
     int64_t metric, int64_t kernel, double delta) {
+  knn_check(query, keys, &values, count, norms, mirror, rounding, k, metric);
   query = dense(query), keys = dense(keys), values = dense(values);
   const Found found = knn_find(query, keys, count, norms, mirror, rounding, k, metric);
   KnnRead a = reading(query, keys, values, found.indices, metric, kernel, delta);

@@ -117,6 +117,31 @@ std::vector<int64_t> result_shape(const Tensor& query, const Tensor& keys, int64
 
 }  // namespace
 
+void knn_check(const Tensor& query, const Tensor& keys, const Tensor* values, const OptionalTensor& count, const OptionalTensor& norms,
+               const OptionalTensor& mirror, const OptionalTensor& rounding, int64_t k, int64_t metric) {
+  const auto q = query.sizes(), s = keys.sizes();
+  const size_t dims = s.size();
+  const auto type = keys.scalar_type();
+  // The first `n` sizes are those of the keys.
+  const auto leading = [&](const Tensor& t, size_t n) {
+    const auto sizes = t.sizes();
+    for (size_t i = 0; i < n; i++)
+      if (sizes[i] != s[i]) return false;
+    return true;
+  };
+  const auto also = [&](const OptionalTensor& t, size_t n, torch::headeronly::ScalarType of) {
+    return !t || (t->is_cpu() && t->scalar_type() == of && t->sizes().size() == n && leading(*t, n));
+  };
+  using torch::headeronly::ScalarType;
+  const bool fit = query.is_cpu() && keys.is_cpu() && query.scalar_type() == type && k >= 0 && metric >= 0 && metric < 3 && (dims == 2 || dims == 3) &&
+      (q.size() == 2 || (q.size() == 3 && dims == 3 && q[0] == s[0])) && q[q.size() - 1] == s[dims - 1] &&
+      (!values || (values->is_cpu() && values->scalar_type() == type && values->sizes().size() == dims && leading(*values, dims - 1))) &&
+      (!count || (count->is_cpu() && count->scalar_type() == ScalarType::Long && count->numel() == (dims == 3 ? s[0] : 1))) &&
+      also(norms, dims - 1, type == ScalarType::Double ? ScalarType::Double : ScalarType::Float) && also(mirror, dims, ScalarType::BFloat16) &&
+      also(rounding, dims - 2, ScalarType::Float);
+  if (!fit) fail("memcore: the arguments of this search do not fit each other");
+}
+
 Found knn_find(const Tensor& query, const Tensor& keys, const OptionalTensor& count, const OptionalTensor& norms, const OptionalTensor& mirror,
                const OptionalTensor& rounding, int64_t k, int64_t metric) {
   KnnArgs a{};
@@ -209,6 +234,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> knn_search_fwd(Tensor query, Tensor keys, OptionalTensor count, OptionalTensor norms, OptionalTensor mirror,
                                                   OptionalTensor rounding, int64_t k, int64_t metric) {
+  knn_check(query, keys, nullptr, count, norms, mirror, rounding, k, metric);
   query = dense(query), keys = dense(keys);
   const Found found = knn_find(query, keys, count, norms, mirror, rounding, k, metric);
   Tensor kept = make_like(found.indices), distances = found.distances;

@@ -1,12 +1,14 @@
 """NEC's read: checks, schema, autograd."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ... import _backend, _checks
 from .. import _cuda
 from .._op import library, register
-from ..knn_search.op import CACHE, METRICS, KnnCache, arguments, call_sparse, results, sparse_rows
+from ..knn_search.op import CACHE, METRICS, NO_CACHE, KnnCache, arguments, call_sparse, plain, results, sparse_rows
 from . import reference
 from .reference import KnnLookup
 
@@ -104,6 +106,13 @@ def knn_lookup(
         >>> memcore.functional.knn_lookup(torch.tensor([[0.5]]), keys, values, 2).output
         tensor([[2.]])
     """
+    kinds = kernel in KERNELS and type(delta) is float and 0 < delta < math.inf and (kernel != "inverse_distance" or metric != "ip")
+    if kinds and values is not None and plain(_OP, query, keys, k, metric, count, cache, values):
+        args = (query, keys, values, count, *(cache or NO_CACHE), k, METRICS.index(metric), KERNELS.index(kernel), delta)
+        try:
+            return KnnLookup(*(call_sparse(_Sparse, _fwd, args, 3) if sparse else _fwd(*args)))
+        except RuntimeError:
+            pass  # arguments that do not fit: the long way converts them or says which
     query, keys, values, *rest = arguments(_OP, query, keys, k, metric, count, cache, values)
     if kernel not in KERNELS:
         raise ValueError(f"memcore.{_OP}: 'kernel' must be 'inverse_distance', 'softmax' or 'uniform', got {kernel!r}")

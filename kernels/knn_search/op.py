@@ -11,7 +11,7 @@ from .. import _cuda
 from .._op import accumulate, library, no_autocast, register
 from . import reference
 
-__all__ = ["CACHE", "METRICS", "KnnCache", "arguments", "call_sparse", "knn_cache", "knn_search", "results", "sparse_rows"]
+__all__ = ["CACHE", "METRICS", "NO_CACHE", "KnnCache", "arguments", "call_sparse", "knn_cache", "knn_search", "plain", "results", "sparse_rows"]
 
 _OP = "knn_search"
 METRICS = ("l2", "cosine", "ip")
@@ -87,6 +87,22 @@ def knn_cache(keys: Tensor, *, bf16: bool = False) -> KnnCache:
         lost = norm(mirror.float() - keys, dim=-1, dtype=wide) / norm(keys, dim=-1, dtype=wide)
         ratio = lost.mul(1.001).nan_to_num(0, 0, 0).float()
         return KnnCache(norms, mirror, ratio.amax(-1) if keys.shape[-2] else ratio.sum(-1))
+
+
+_CPU, NO_CACHE = torch.device("cpu"), (None, None, None)
+
+
+def plain(
+    op: str, query: Tensor, keys: Tensor, k: int, metric: str, count: Tensor | None, cache: KnnCache | None, values: Tensor | None = None
+) -> bool:
+    """Whether the CPU's kernel may be called at once, which judges shapes and types itself: after a search the caches are cold, and every step in
+    Python costs several times what it does in a loop."""
+    if not (type(query) is type(keys) is Tensor and type(k) is int and type(metric) is str and metric in METRICS):
+        return False
+    for t in (query, keys, values, count, *(cache if type(cache) is KnnCache else () if cache is None else (0,))):
+        if t is not None and not (type(t) is Tensor and t.is_cpu):  # the dispatcher would ask another device
+            return False
+    return not torch.compiler.is_compiling() and _backend.takes_kernel(op, _CPU)
 
 
 def arguments(
@@ -243,6 +259,12 @@ def knn_search(
         >>> memcore.functional.knn_search(torch.zeros(1, 2), keys, 2)
         (tensor([[0., 1.]]), tensor([[0, 2]]))
     """
+    if plain(_OP, query, keys, k, metric, count, cache):
+        args = (query, keys, count, *(cache or NO_CACHE), k, METRICS.index(metric))
+        try:
+            return call_sparse(_Sparse, _fwd, args, 2) if sparse else _fwd(*args)
+        except RuntimeError:
+            pass  # arguments that do not fit: the long way converts them or says which
     query, keys, *rest = arguments(_OP, query, keys, k, metric, count, cache)
     dense = not sparse or torch.compiler.is_compiling()
     if not _backend.takes_kernel(_OP, query.device):

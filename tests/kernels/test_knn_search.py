@@ -332,3 +332,24 @@ def test_sift_neighbours(two_backends, cached):
     d, i = knn_search(query, base, 100, cache=cache)
     assert torch.equal(i, torch.from_numpy(v.neighbors).long())
     assert torch.equal(d, torch.from_numpy(v.sqdist).float())
+
+
+@pytest.mark.skipif(not {"native-baseline", "native-avx2", "native-avx512"} & set(PATHS), reason="needs the native library")
+def test_the_registered_operator_refuses_what_does_not_fit(operators):
+    """Python's checks are passed over by plain calls: nothing may run past a tensor's end."""
+    q, k, v = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9, 2)
+    stacked = torch.randn(2, 9, 4)
+    count, norms, mirror, rounding = torch.tensor([9]), k.square().sum(-1), k.bfloat16(), torch.tensor(0.01)
+    fits = (q, k, count, norms, mirror, rounding, 2, 0)
+    torch.ops.memcore.knn_search_fwd(*fits)
+    wrong = [
+        {0: q[:, :3]}, {0: q[0]}, {0: q.double()}, {0: q[None]}, {0: q[None], 1: stacked}, {1: k[0]}, {1: k.double()}, {2: count.int()}, {2: torch.tensor([3, 9])},
+        {3: norms[:8]}, {3: norms.double()}, {3: norms[:, None]}, {4: mirror[:8]}, {4: mirror.half()}, {4: mirror[:, :3]}, {5: rounding.double()}, {5: rounding[None]},
+        {6: -1}, {7: 3}, {7: -1},
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(RuntimeError, match="do not fit"):
+            torch.ops.memcore.knn_search_fwd(*(change.get(i, x) for i, x in enumerate(fits)))
+    for values in (v[:8], v.double(), v[0], v[None]):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            torch.ops.memcore.knn_lookup_fwd(q, k, values, None, None, None, None, 2, 0, 0, 1e-3)
