@@ -9,8 +9,9 @@ namespace {
 // The usual range, of one slot to either side, is computed from rows in place; others from unrolled copies.
 template <class C> MC_INLINE bool in_place(int64_t N, int64_t R) { return R == 1 && N >= Lanes<C>::n + 2; }
 
-// out_i = s_0 w_{i+1} + s_1 w_i + s_2 w_{i-1}, N > L + 1. Vectors may overlap: each slot gets the same sum from any of them.
-template <class C> MC_INLINE void shift_in_place(C* out, const C* w, C s0, C s1, C s2, int64_t N) {
+// out_i = s_0 w_{i+1} + s_1 w_i + s_2 w_{i-1}, N > L + 1. Vectors may overlap: each slot gets the same sum from any of them. `also` is called with
+// the first slot of each vector of the slots in between, the last of which may be shorter.
+template <class C, class F> MC_INLINE void shift_in_place(C* out, const C* w, C s0, C s1, C s2, int64_t N, F also) {
   constexpr int L = Lanes<C>::n;
   const Vec<C> v0 = splat(s0), v1 = splat(s1), v2 = splat(s2);
   const auto at = [&](int64_t n) __attribute__((always_inline)) {
@@ -20,24 +21,20 @@ template <class C> MC_INLINE void shift_in_place(C* out, const C* w, C s0, C s1,
     store(out + n, v);
   };
   out[0] = s0 * w[1] + s1 * w[0] + s2 * w[N - 1];
-  at(1);
-  for (int64_t n = L; n + L < N; n += L) at(n);
-  at(N - 1 - L);
+  int64_t n = 1;
+  for (; n + L < N; n += L) at(n), also(n, L);
+  if (n < N - 1) at(N - 1 - L), also(n, (int)(N - 1 - n));
   out[N - 1] = s0 * w[0] + s1 * w[N - 1] + s2 * w[N - 2];
 }
-// ds_j = sum over i of d_i w_{i + 1 - j}
-template <class C> MC_INLINE void slopes_in_place(C* ds, const C* d, const C* w, int64_t N) {
+// dw_i = s_2 d_{i+1} + s_1 d_i + s_0 d_{i-1}; ds_j = sum over i of d_i w_{i + 1 - j}
+template <class C> MC_INLINE void shift_backward_in_place(C* dw, C* ds, const C* d, const C* w, const C* s, int64_t N) {
   constexpr int L = Lanes<C>::n;
   Totals<C, 3> t;
-  int64_t n = 1;
-  for (; n + L < N; n += L) {
-    const Vec<C> g = load(d + n), x[3] = {g * load(w + n + 1), g * load(w + n), g * load(w + n - 1)};
+  shift_in_place(dw, d, s[2], s[1], s[0], N, [&](int64_t n, int count) __attribute__((always_inline)) {
+    const auto part = [&](const C* p) __attribute__((always_inline)) { return count < L ? load_part(p, count) : load(p); };
+    const Vec<C> g = part(d + n), x[3] = {g * part(w + n + 1), g * part(w + n), g * part(w + n - 1)};
     t.add(x);
-  }
-  if (const int part = (int)(N - 1 - n); part > 0) {
-    const Vec<C> g = load_part(d + n, part), x[3] = {g * load_part(w + n + 1, part), g * load_part(w + n, part), g * load_part(w + n - 1, part)};
-    t.add(x);
-  }
+  });
   for (int j = 0; j < 3; j++) ds[j] = t.value(j) + (d[0] * w[j == 2 ? N - 1 : 1 - j] + d[N - 1] * w[j == 0 ? 0 : N - j]);
 }
 
@@ -53,7 +50,7 @@ template <class T> void forward(const WeightArgs& a, int64_t begin, int64_t end)
     if (in_place<C>(a.N, R)) {
       C* to = ring;
       if constexpr (__is_same(T, C)) to = (T*)a.result + r * a.N;
-      shift_in_place(to, row, s[0], s[1], s[2], a.N);
+      shift_in_place(to, row, s[0], s[1], s[2], a.N, [](int64_t, int) {});
       if constexpr (!__is_same(T, C)) narrow((T*)a.result + r * a.N, to, a.N);
     } else {
       unroll(ring, row, a.N, Np, R);
@@ -79,8 +76,7 @@ template <class T> void backward(const WeightArgs& a, int64_t begin, int64_t end
       if (in_place<C>(a.N, R)) {
         C* to = ring;
         if constexpr (__is_same(T, C)) to = (T*)a.dfirst + r * a.N;
-        shift_in_place(to, grad, s[2], s[1], s[0], a.N);  // the other way round
-        slopes_in_place(ds, grad, row, a.N);
+        shift_backward_in_place(to, ds, grad, row, s, a.N);
         if constexpr (!__is_same(T, C)) narrow((T*)a.dfirst + r * a.N, to, a.N);
       } else {
         unroll(ring, row, a.N, Np, R);
