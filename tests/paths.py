@@ -6,7 +6,7 @@ import torch
 
 from memcore import _backend, functional
 
-__all__ = ["PATHS", "use_path"]
+__all__ = ["PATHS", "judged_in_python", "use_path"]
 
 
 def _paths() -> list[str]:
@@ -34,3 +34,17 @@ def use_path(path: str):
         _backend._native_cpu = native_cpu
         if isa:
             torch.ops.memcore._set_cpu_isa(previous_isa)
+
+
+@contextmanager
+def judged_in_python():
+    """For what stands in for a GPU on CPU tensors: searches leave no arguments to the CPU's kernel to judge."""
+    from memcore.kernels.knn_lookup import op as lookup
+    from memcore.kernels.knn_search import op as search
+
+    plain = search.plain
+    search.plain = lookup.plain = lambda *_: False
+    try:
+        yield
+    finally:
+        search.plain = lookup.plain = plain

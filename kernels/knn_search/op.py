@@ -102,7 +102,7 @@ def plain(
     for t in (query, keys, values, count, *(cache if type(cache) is KnnCache else () if cache is None else (0,))):
         if t is not None and not (type(t) is Tensor and t.is_cpu):  # the dispatcher would ask another device
             return False
-    return not torch.compiler.is_compiling() and _backend.takes_kernel(op, _CPU)
+    return _backend.native is not None and not torch.compiler.is_compiling() and _backend.takes_kernel(op, _CPU)
 
 
 def arguments(
