@@ -171,6 +171,8 @@ def test_mixed_backends_agree_on_neighbours(operators):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_no_dictionaries(backend, sparse):
     """Queries that ask all of none get nothing, and zeros for a gradient."""
+    if backend == "registered" and sparse:
+        pytest.skip("the native library has the operator of row-sparse gradients")
     query, keys, values = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3), (0, 5, 3), (0, 5, 1)))
     found = knn_lookup(query, keys, values, 2, sparse=sparse)
     assert found.output.shape == (0, 2, 1)
