@@ -1,7 +1,7 @@
 """The gates on what compilers make of the GPU kernels: no spill on any architecture, and nothing but what results/gpu/resources.json says.
 
-Each run compiles every Triton kernel in its heaviest form for every architecture and reads all CUDA kernels of the library (of one that holds PTX
-alone, the float32 ones); --slow compiles all forms.
+Each run compiles every Triton kernel in its heaviest form for two architectures and reads all CUDA kernels of the library (of one that holds PTX
+alone, the float32 ones); --slow compiles all forms for all.
 """
 
 import ctypes

@@ -263,7 +263,7 @@ class Table {
   int64_t counts[4] = {0, 0, 0, 0};
 };
 
-// write_tensors without pybind11's dispatcher, which after a search lies in no cache: it took as long as the write.
+// write_tensors without pybind11's dispatcher, which a search sweeps from the caches.
 constexpr const char* kTable = "memcore.SlotTable";
 PyObject* write_plain(PyObject* self, PyObject* const* args, Py_ssize_t n) {
   auto* table = (Table*)PyCapsule_GetPointer(self, kTable);

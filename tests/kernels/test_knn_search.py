@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import memcore
 from memcore import data
 from memcore.functional import knn_cache, knn_search
+from memcore.kernels.knn_search.op import plain
 from paths import PATHS, use_path
 
 INF, NAN = math.inf, math.nan
@@ -353,3 +354,16 @@ def test_the_registered_operator_refuses_what_does_not_fit(operators):
     for values in (v[:8], v.double(), v[0], v[None]):
         with pytest.raises(RuntimeError, match="do not fit"):
             torch.ops.memcore.knn_lookup_fwd(q, k, values, None, None, None, None, 2, 0, 0, 1e-3)
+
+
+@pytest.mark.skipif(not PATHS[-1].startswith("native"), reason="needs the native library")
+def test_plain_calls_go_to_the_kernel_at_once(operators):
+    q, k, v = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9, 2)
+    count = torch.tensor([9])
+    assert plain("knn_search", q, k, 2, "l2", None, None) and plain("knn_lookup", q, k, 2, "ip", count, knn_cache(k, bf16=True), v)
+    meta = torch.empty(3, 4, device="meta")
+    for changed in ({0: meta}, {1: [1.0]}, {2: True}, {2: 2.0}, {3: "l1"}, {4: 9}, {4: count.to("meta")}, {5: (None, None, None)}, {6: v.to("meta")}):
+        given = (q, k, 2, "l2", count, None, v)
+        assert not plain("knn_search", *(changed.get(i, x) for i, x in enumerate(given))), changed
+    with use_path("reference"):
+        assert not plain("knn_search", q, k, 2, "l2", None, None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,8 @@ def nvcc_ptx(op: str, arch: int) -> str:
 
 def headers() -> list[Path]:
     """What the CUDA sources include of ours."""
-    return sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")])
+    own = sorted(CUDA.glob("*.h"))
+    return own + sorted({(CUDA / name).resolve() for h in own for name in re.findall(r'#include "(\.\./[^"]+)"', h.read_text())})
 
 
 def built_ptx(op: str, arch: int) -> str:
