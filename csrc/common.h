@@ -6,10 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <optional>
 #include <stdexcept>
@@ -18,6 +14,7 @@
 #include <vector>
 
 #include "cpu/dtype.h"
+#include "pages.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.12
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -46,14 +43,6 @@ inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor
 // The gradient of an output that may not have been used.
 inline Tensor dense_or_zero(const OptionalTensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
   return t ? dense(*t) : torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
-}
-// Asks for huge pages where a large array will lie: a page fault for 2 MiB instead of 512. Systems that give them to whoever asks are the rule.
-inline void ask_huge_pages(void* p, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t from = ((uintptr_t)p + kHuge - 1) / kHuge * kHuge, to = ((uintptr_t)p + (uintptr_t)bytes) / kHuge * kHuge;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);  // a hint: nothing depends on its success
-#endif
 }
 
 // Whether fresh tensors come through PyTorch's dispatcher, where modes see them and `fill_uninitialized_memory` fills them: for tests.

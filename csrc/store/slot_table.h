@@ -8,6 +8,8 @@
 #include <new>
 #include <vector>
 
+#include "../pages.h"
+
 namespace memcore {
 
 // A 64-bit hash of `size` bytes. Both steps of a word are one-to-one, so keys that differ in one word never collide.
@@ -24,12 +26,17 @@ inline uint64_t hash_bytes(const void* data, int64_t size) {
   return h ^ (h >> 32);
 }
 
-template <class T> struct Array {  // zeros that the system hands out page by page
-  explicit Array(int64_t n) : p((T*)std::calloc((size_t)(n ? n : 1), sizeof(T)), std::free) {
-    if (!p) throw std::bad_alloc();
+template <class T> struct Array {  // zeros that the system hands out page by page, in huge pages where there are any
+  explicit Array(int64_t n) : memory(nullptr, std::free) {
+    const size_t bytes = (size_t)(n ? n : 1) * sizeof(T), room = bytes < kHugePage ? 0 : kHugePage;
+    memory.reset(std::calloc(bytes + room, 1));
+    if (!memory) throw std::bad_alloc();
+    first = (T*)(room ? ((uintptr_t)memory.get() + room - 1) / room * room : (uintptr_t)memory.get());
+    if (room) ask_huge_pages(first, (int64_t)bytes);
   }
-  T& operator[](int64_t i) const { return p.get()[i]; }
-  std::unique_ptr<T, void (*)(void*)> p;
+  T& operator[](int64_t i) const { return first[i]; }
+  T* first;
+  std::unique_ptr<void, void (*)(void*)> memory;
 };
 
 // Where the entries of A dictionaries of N slots are: hash -> slot, and the slots in the order of their last use. Slots 0..count-1

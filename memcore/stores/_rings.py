@@ -14,8 +14,8 @@ __all__ = ["RINGS", "Rings", "drop_rows", "used_rows"]
 RINGS = ("keys", "values")
 
 
-def _scanned(t: Tensor) -> Tensor:
-    """What a search reads from end to end: in huge pages where the system has them."""
+def _paged(t: Tensor) -> Tensor:
+    """What searches and writes go through: in huge pages where the system has them."""
     if t.is_cpu and _backend.native is not None:
         torch.ops.memcore._ask_huge_pages(t)
     return t
@@ -28,9 +28,9 @@ class Rings:
         self, A: int, N: int, D: int, V: int, optimizer: RowOptimizer | None, *, grad_keys: bool, bf16: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         zeros = lambda *shape, of=dtype: torch.zeros(*shape, dtype=of, device=device)  # noqa: E731  (untouched zeros cost no memory)
-        self.keys, self.values = _scanned(zeros(A, N, D)).requires_grad_(grad_keys), zeros(A, N, V).requires_grad_()
-        self.norms = _scanned(zeros(A, N))
-        self.mirror = _scanned(zeros(A, N, D, of=torch.bfloat16)) if bf16 else None
+        self.keys, self.values = _paged(zeros(A, N, D)).requires_grad_(grad_keys), _paged(zeros(A, N, V)).requires_grad_()
+        self.norms = _paged(zeros(A, N))
+        self.mirror = _paged(zeros(A, N, D, of=torch.bfloat16)) if bf16 else None
         self.rounding = zeros(A, of=torch.float32) if bf16 else None
         self.head = torch.zeros(1 + A, dtype=torch.int64)  # an epoch, odd while rows change; the counts
         self.count = self.head[1:].to(device)
