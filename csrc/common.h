@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/dtype.h"
+#include "cpu/kept.h"
 #include "pages.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.12
@@ -77,6 +78,23 @@ inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headero
 }
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) { return make(like, Sizes(shape.begin(), shape.size())); }
 inline Tensor make_like(const Tensor& t) { return make(t, t.sizes()); }
+
+// What a forward keeps for the backward (cpu/kept.h): B elements' share.
+inline torch::headeronly::ScalarType accumulated(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline Tensor make_kept(const Tensor& like, int64_t B, int64_t H, int64_t N) {
+  const int64_t shape[] = {B * similar_numbers(H, N)};
+  return make(like, Sizes(shape, 1), accumulated(like));
+}
+// The same in the backward: null if nothing was kept.
+inline void* kept_of(const OptionalTensor& kept, const Tensor& like, int64_t B, int64_t H, int64_t N) {
+  if (!kept || kept->numel() == 0) return nullptr;
+  if (kept->numel() != B * similar_numbers(H, N) || kept->scalar_type() != accumulated(like) || !kept->is_contiguous())
+    fail("memcore: what the forward kept has another size or type");
+  return kept->mutable_data_ptr();
+}
 
 inline const void* in(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* in(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from . import _cuda
 
-__all__ = ["accumulate", "library", "no_autocast", "register"]
+__all__ = ["accumulate", "keeps", "library", "no_autocast", "register", "register_kept"]
+
+KEPT_FROM = 1 << 17
+"""Numbers of a memory from which on its similarities are kept for a backward: below, handling one more tensor costs more than it saves."""
 
 library = torch.library.Library("memcore", "DEF")
 
@@ -78,6 +81,7 @@ def register(
     *,
     outputs: int = 1,
     saved: int = 0,
+    gpu: bool = True,
     differentiable: Sequence[str] = (),
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Define `memcore::<name>_fwd` and, if anything is differentiable, `memcore::<name>_bwd`.
@@ -90,6 +94,7 @@ def register(
         outputs: how many tensors the forward returns.
         saved: how many more it returns, behind them, for the backward alone; the backward takes them between gradients and inputs. The
             reference has none of them and leaves them empty.
+        gpu: whether GPUs have kernels of it.
         differentiable: input names that get a gradient. The backward's schema is (gradients of the outputs, each may
             be None, then the inputs) -> one gradient for each of these, empty for a None input. Nothing but the inputs and `saved`
             is kept.
@@ -111,7 +116,8 @@ def register(
         return out[0] if results == 1 else out
 
     library.impl(f"{name}_fwd", forward, "CompositeExplicitAutograd")
-    _cuda.implement(library, f"{name}_fwd", inputs, returns, forward)
+    if gpu:
+        _cuda.implement(library, f"{name}_fwd", inputs, returns, forward)
 
     def shapes(*xs):
         out = fake(*xs)
@@ -163,7 +169,8 @@ def register(
         return out[0] if one else out
 
     library.impl(f"{name}_bwd", backward, "CompositeExplicitAutograd")
-    _cuda.implement(library, f"{name}_bwd", f"{grads}, {inputs}", returns, backward)
+    if gpu:
+        _cuda.implement(library, f"{name}_bwd", f"{grads}, {inputs}", returns, backward)
     torch.library.register_fake(f"memcore::{name}_bwd", fake_backward, lib=library)
     bwd = getattr(torch.ops.memcore, f"{name}_bwd").default
 
@@ -233,15 +240,15 @@ def _eager(
     tail = (None,) * n_rest
 
     def forward(ctx, *args):
-        ctx.save_for_backward(*args[:n_tensors])
         ctx.rest = args[n_tensors:]
         ctx.set_materialize_grads(False)
         with below_autograd():
             out = fwd(*args)
         if outputs is None:
+            ctx.save_for_backward(*args[:n_tensors])
             return out
         ctx.save_for_backward(*args[:n_tensors], *out[outputs:])
-        return out[:outputs]
+        return cut(out)
 
     def backward(ctx, *gs):
         saved = ctx.saved_tensors
@@ -265,14 +272,42 @@ def _eager(
     function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
     apply = super(torch.autograd.Function, function).apply  # the bare one: Function.apply minds torch.func, which never comes here
 
+    def cut(out):
+        return out if outputs is None else out[0] if outputs == 1 else out[:outputs]
+
     def call(*args):
         if torch.compiler.is_compiling():
-            return fwd(*args)[:outputs] if outputs is not None else fwd(*args)
+            return cut(fwd(*args))
         if torch.is_grad_enabled():
             for t in args[:n_tensors]:
                 if t is not None and t.requires_grad:
                     return apply(*args)
         with below_autograd():
-            return fwd(*args)[:outputs] if outputs is not None else fwd(*args)
+            return cut(fwd(*args))
 
     return call
+
+
+def keeps(memory: Tensor, heads: int, *others: Tensor | None) -> bool:
+    """Whether a forward on the CPU should keep the similarities of so many heads for its backward: one is wanted, and they take at most an eighth of
+    the memory [B, N, W]."""
+    if memory.dim() != 3 or memory.numel() < KEPT_FROM or memory.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    size = memory.element_size()
+    if 8 * (heads + 1) * max(size, 4) > memory.shape[2] * size:
+        return False
+    return memory.requires_grad or any(t is not None and t.requires_grad for t in others)
+
+
+def register_kept(
+    name: str, inputs: str, reference: Callable, fake: Callable, sizes: Callable[..., tuple[Tensor, int]], *, outputs: int = 1, differentiable: Sequence[str]
+) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """`register` of `memcore::<name>_kept_fwd` and `_bwd`: the same operator, whose forward keeps the similarities and norms of rows as
+    csrc/cpu/kept.h counts them, so that its backward need not read the memory for them. sizes(inputs) -> memory, heads."""
+
+    def shapes(*args):
+        memory, heads = sizes(*args)
+        numbers = memory.shape[0] * (heads + 1) * ((memory.shape[-2] + 15) // 16 * 16)
+        return *_tuple(fake(*args)), memory.new_empty(numbers, dtype=torch.float64 if memory.dtype == torch.float64 else torch.float32)
+
+    return register(f"{name}_kept", inputs, reference, shapes, outputs=outputs, saved=1, gpu=False, differentiable=differentiable)

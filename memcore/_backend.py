@@ -49,7 +49,7 @@ native, native_missing = _load_native()
 _native_cpu = frozenset(
     name.removeprefix("memcore::").removesuffix("_fwd")
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-    if name.startswith("memcore::") and name.endswith("_fwd")
+    if name.startswith("memcore::") and name.endswith("_fwd") and not name.endswith("_kept_fwd")
 )
 _told: set[str] = set()
 

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "kept.h"
 #include "rows.h"
 
 namespace memcore {
@@ -99,7 +100,7 @@ template <class C> MC_INLINE C inverse_norm(C norm2) {
   return norm2 == 0 ? 0 : norm < (C)kEps ? (C)(1 / kEps) : 1 / norm;
 }
 
-// What the similarity of one element's keys and memory leaves for the backward.
+// What the similarity of one element's keys and memory leaves for the backward: in scratch, or where a forward kept it.
 template <class C> struct Similarity {
   int64_t H, N, W, Np, Wp;
   bool cosine;
@@ -120,6 +121,17 @@ template <class C> struct Similarity {
     a.take(norm2, Np);
   }
 
+  // sim and norm2 lie in an element's share of what the forward keeps (`similar_numbers`).
+  void lie_in(C* kept) { sim = kept, norm2 = kept + H * Np; }
+  // Forward: the rest of that share is 0.
+  void fill_rest(C* kept) const {
+    const int64_t used = (cosine ? H + 1 : H) * Np;
+    fill(kept + used, similar_numbers(H, N) - used, (C)0);
+  }
+  // Backward: as `forward` leaves it; key is in place.
+  void resume() {
+    if (cosine) invert_norms();
+  }
   // ik and im from the key and norm2.
   void invert_norms() {
     constexpr int L = Lanes<C>::n;
@@ -143,10 +155,10 @@ template <class C> struct Similarity {
       if (large && n + 3 * step <= N) fetch(memory + (n + 2 * step) * W, size);
       dots(block_of(memory, n, rows, W, mask, block), W, rows, W, key, Wp, H, sim + n, Np, cosine ? norm2 + n : nullptr);
     }
-    scale(mask);
+    scale();
   }
-  // Dot products (and squared norms) become similarities.
-  void scale(const bool* mask) {
+  // Dot products (and squared norms) become similarities, of zero (and so of masked) rows 0.
+  void scale() {
     for (int64_t h = 0; h < H; h++) fill(sim + h * Np + N, Np - N, (C)0);
     if (!cosine) return;
     fill(norm2 + N, Np - N, (C)0);
@@ -158,9 +170,6 @@ template <class C> struct Similarity {
       else
         for (int64_t n = 0; n < Np; n += L) store(s + n, load(norm2 + n) == 0 ? Vec<C>{} : load(s + n) * (ik[h] * load(im + n)));
     }
-    if (mask)
-      for (int64_t n = 0; n < N; n++)
-        if (!mask[n]) im[n] = 0;
   }
 
   // dsim [H, Np] becomes the rows' coefficients of the keys; own[n] and key_own[h] are those of the rows and keys themselves:
@@ -485,9 +494,12 @@ template <class C> struct Addressing {
   template <class F> MC_INLINE void over_heads(F f) {
     for (int64_t h = 0; h < similar.H; h += kSide) f(h, similar.H - h < kSide ? (int)(similar.H - h) : kSide);
   }
-  // Keys, parameters and previous are in place.
-  template <bool BACKWARD, class T> void forward(const T* memory, C* block) {
-    similar.forward(memory, nullptr, block);
+  // Keys, parameters and previous are in place. `kept` (may be null) is this element's share of what the forward keeps for the backward.
+  template <bool BACKWARD, class T> void forward(const T* memory, C* block, C* kept) {
+    if (kept) similar.lie_in(kept);
+    if (BACKWARD && kept) similar.resume();
+    else similar.forward(memory, nullptr, block);
+    if (!BACKWARD && kept) similar.fill_rest(kept);
     weigh<BACKWARD>();
   }
   // From the similarities on; with KNOWN the weights are there already.
@@ -572,14 +584,22 @@ template <class C> struct Addressing {
 // asks for the next element's; over a large one it goes back, beginning with what is still in the second cache.
 template <class T> struct Passes {
   int64_t B, N, W, step;
-  bool ahead;
+  bool ahead, kept;
 
-  Passes(int64_t B_, int64_t N_, int64_t W_, int64_t step_) : B(B_), N(N_), W(W_), step(step_), ahead(N * W * (int64_t)sizeof(T) <= kAhead) {}
-  // First row of the second pass's block instead of i, and of the block after that of row n, or -1.
-  MC_INLINE int64_t second(int64_t i) const { return ahead ? i : (N - 1) / step * step - i; }
+  // kept: there is no first pass, for its results were kept.
+  Passes(int64_t B_, int64_t N_, int64_t W_, int64_t step_, bool kept_)
+      : B(B_), N(N_), W(W_), step(step_), ahead(N * W * (int64_t)sizeof(T) <= kAhead), kept(kept_) {}
+  // First row of the second pass's block instead of i, and of the block after that of row n, or -1; the same of the third pass.
+  MC_INLINE int64_t second(int64_t i) const { return ahead || kept ? i : back(i); }
   MC_INLINE int64_t after(int64_t n) const {
-    const int64_t next = ahead ? n + step : n - step;
+    const int64_t next = ahead || kept ? n + step : n - step;
     return next < N ? next : -1;
+  }
+  MC_INLINE int64_t third(int64_t i) const { return !ahead && kept ? back(i) : i; }
+  MC_INLINE int64_t back(int64_t i) const { return (N - 1) / step * step - i; }
+  // The second pass reads the memory first if there is no other.
+  MC_INLINE void ask_after(const void* of, int64_t b, int64_t n) const {
+    if (!ahead && kept && n + 3 * step <= N) fetch((const T*)of + (b * N + n + 2 * step) * W, step * W * (int64_t)sizeof(T));
   }
   MC_INLINE void ask_next(const void* of, int64_t b, int64_t n, int64_t rows) const {
     if (ahead && b + 1 < B) fetch((const T*)of + ((b + 1) * N + n) * W, rows * W * (int64_t)sizeof(T));

@@ -15,22 +15,24 @@ ContentArgs arguments(const Tensor& key, const Tensor& memory, const OptionalTen
   return a;
 }
 
-Tensor content_addressing_fwd(Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
+Tensor forward(Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine, OptionalTensor* kept) {
   key = dense(key), memory = dense(memory), strength = dense(strength), mask = dense(mask);
   ContentArgs a = arguments(key, memory, strength, mask, cosine);
   Tensor weights = make(key, {a.B, a.H, a.N});
   a.weights = out(weights);
+  if (kept) a.kept = out(kept->emplace(make_kept(key, a.B, a.H, a.N)));
   auto* kernel = MC_PICK(content_addressing_fwd);
   parallel(a.B, a.H * a.N * (a.W + 16), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor> content_addressing_bwd(
-    OptionalTensor grad, Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
+std::tuple<Tensor, Tensor, Tensor> backward(
+    OptionalTensor grad, const OptionalTensor& kept, Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
   key = dense(key), memory = dense(memory), strength = dense(strength), mask = dense(mask);
   ContentArgs a = arguments(key, memory, strength, mask, cosine);
   Tensor g = dense_or_zero(grad, key, {a.B, a.H, a.N});
   Tensor dkey = make_like(key), dmemory = make_like(memory), dstrength = strength ? make_like(*strength) : make(key, {0});
+  a.kept = kept_of(kept, key, a.B, a.H, a.N);
   a.grad = in(g), a.dkey = out(dkey), a.dmemory = out(dmemory), a.dstrength = out(dstrength);
   std::vector<char> coefficients;
   if (memory.dim() == 2) {
@@ -46,10 +48,29 @@ std::tuple<Tensor, Tensor, Tensor> content_addressing_bwd(
   return {dkey, dmemory, dstrength};
 }
 
+Tensor content_addressing_fwd(Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
+  return forward(key, memory, strength, mask, cosine, nullptr);
+}
+std::tuple<Tensor, Tensor> content_addressing_kept_fwd(Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
+  OptionalTensor kept;
+  const Tensor weights = forward(key, memory, strength, mask, cosine, &kept);
+  return {weights, *kept};
+}
+std::tuple<Tensor, Tensor, Tensor> content_addressing_bwd(
+    OptionalTensor grad, Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
+  return backward(grad, std::nullopt, key, memory, strength, mask, cosine);
+}
+std::tuple<Tensor, Tensor, Tensor> content_addressing_kept_bwd(
+    OptionalTensor grad, Tensor kept, Tensor key, Tensor memory, OptionalTensor strength, OptionalTensor mask, bool cosine) {
+  return backward(grad, kept, key, memory, strength, mask, cosine);
+}
+
 }  // namespace
 }  // namespace memcore
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) {
   m.impl("content_addressing_fwd", TORCH_BOX(&memcore::content_addressing_fwd));
   m.impl("content_addressing_bwd", TORCH_BOX(&memcore::content_addressing_bwd));
+  m.impl("content_addressing_kept_fwd", TORCH_BOX(&memcore::content_addressing_kept_fwd));
+  m.impl("content_addressing_kept_bwd", TORCH_BOX(&memcore::content_addressing_kept_bwd));
 }

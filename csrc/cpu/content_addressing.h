@@ -2,6 +2,7 @@
 
 #include "dtype.h"
 #include "isa.h"
+#include "kept.h"
 
 namespace memcore {
 
@@ -14,6 +15,7 @@ struct ContentArgs {
   const void* strength;   // null: 1
   const bool* mask;       // null: all usable
   void* weights;
+  void* kept;  // [B, similar_numbers] in the accumulation type: written by the forward, read by the backward; null: computed again
   // backward
   const void* grad;
   void *dkey, *dmemory, *dstrength;

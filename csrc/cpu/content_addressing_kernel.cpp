@@ -32,10 +32,14 @@ template <class T> struct Element {
     return m != nullptr;
   }
 
-  void similar(int64_t b) {
+  void similar(int64_t b, bool backward) {
     widen_rows(s.key, (const T*)a.key + b * a.H * a.W, a.H, a.W, s.Wp);
     if (unusable(b)) fill(s.key, a.H * s.Wp, (C)0);
-    s.forward(memory(b), mask(b), block);
+    C* kept = a.kept ? (C*)a.kept + b * similar_numbers(a.H, a.N) : nullptr;
+    if (kept) s.lie_in(kept);
+    if (backward && kept) s.resume();
+    else s.forward(memory(b), mask(b), block);
+    if (!backward && kept) s.fill_rest(kept);
   }
 };
 
@@ -43,7 +47,7 @@ template <class T> void forward(const ContentArgs& a, int64_t begin, int64_t end
   Element<T> e(a);
   Arena arena([&](Arena& x) { e.layout(x, false); });
   for (int64_t b = begin; b < end; b++) {
-    e.similar(b);
+    e.similar(b, false);
     for (int64_t h = 0; h < a.H; h++)
       softmax<Acc<T>>(e.weights + h * e.s.Np, e.s.sim + h * e.s.Np, a.N, e.s.Np, e.strength(b, h), e.mask(b));
     narrow_rows((T*)a.weights + b * a.H * a.N, e.weights, a.H, a.N, e.s.Np);
@@ -56,9 +60,9 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
   Arena arena([&](Arena& x) { e.layout(x, true); });
   const int64_t Np = e.s.Np, Wp = e.s.Wp, step = block_rows<C>(a.W);
   const RowSink<T> sink(a.B * a.N * a.W);
-  const Passes<T> passes(a.memory_stride == 0 ? 1 : a.B, a.N, a.W, step);
+  const Passes<T> passes(a.memory_stride == 0 ? 1 : a.B, a.N, a.W, step, a.kept);
   for (int64_t b = begin; b < end; b++) {
-    e.similar(b);
+    e.similar(b, true);
     const bool none = e.unusable(b);
     widen_rows(e.dweights, (const T*)a.grad + b * a.H * a.N, a.H, a.N, Np);
     for (int64_t h = 0; h < a.H; h++) {
@@ -73,6 +77,7 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
     for (int64_t i = 0; i < a.N; i += step) {
       const int64_t n = passes.second(i), rows = a.N - n < step ? a.N - n : step;
       passes.ask_next(a.memory, b, n, rows);
+      passes.ask_after(a.memory, b, n);
       const C* m = block_of(e.memory(b), n, rows, a.W, e.mask(b), e.block);
       if (shared) {
         similarity_rows<T>(e.s, m, n, rows, nullptr, nullptr, e.dweights, e.own, e.dkey);

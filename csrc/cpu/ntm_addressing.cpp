@@ -23,26 +23,28 @@ struct Inputs {
 
 int64_t cost(const AddressingArgs& a) { return a.H * a.N * (a.W + 48); }
 
-Tensor ntm_addressing_fwd(Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
-  Inputs x{key, memory, strength, gate, shift, gamma, previous};
+Tensor forward(Inputs x, OptionalTensor* kept) {
   AddressingArgs a = x.arguments();
-  Tensor weights = make_like(previous);
+  Tensor weights = make_like(x.previous);
   a.weights = out(weights);
+  if (kept) a.kept = out(kept->emplace(make_kept(x.key, a.B, a.H, a.N)));
   auto* kernel = MC_PICK(ntm_addressing_fwd);
   parallel(a.B, cost(a), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_addressing_bwd(
-    OptionalTensor grad, Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
-  Inputs x{key, memory, strength, gate, shift, gamma, previous};
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const OptionalTensor& grad, const OptionalTensor& kept, Inputs x) {
   AddressingArgs a = x.arguments();
+  const auto& [key, memory, strength, gate, shift, gamma, previous] = x;
   const bool shared = memory.dim() == 2;
   Tensor g = dense_or_zero(grad, previous, {a.B, a.H, a.N});
   // A shared memory's gradient is the sum of the elements' own.
   Tensor dmemory = shared ? make(memory, {a.B, a.N, a.W}) : make_like(memory);
   Tensor dkey = make_like(key), dstrength = make_like(strength), dgate = make_like(gate), dshift = make_like(shift);
   Tensor dgamma = make_like(gamma), dprevious = make_like(previous);
+  a.kept = kept_of(kept, key, a.B, a.H, a.N);
   a.grad = in(g), a.dkey = out(dkey), a.dmemory = out(dmemory), a.dstrength = out(dstrength), a.dgate = out(dgate);
   a.dshift = out(dshift), a.dgamma = out(dgamma), a.dprevious = out(dprevious);
   auto* kernel = MC_PICK(ntm_addressing_bwd);
@@ -54,10 +56,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_addressin
   return {dkey, dmemory, dstrength, dgate, dshift, dgamma, dprevious};
 }
 
+Tensor ntm_addressing_fwd(Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
+  return forward({key, memory, strength, gate, shift, gamma, previous}, nullptr);
+}
+std::tuple<Tensor, Tensor> ntm_addressing_kept_fwd(
+    Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
+  OptionalTensor kept;
+  const Tensor weights = forward({key, memory, strength, gate, shift, gamma, previous}, &kept);
+  return {weights, *kept};
+}
+Gradients ntm_addressing_bwd(
+    OptionalTensor grad, Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
+  return backward(grad, std::nullopt, {key, memory, strength, gate, shift, gamma, previous});
+}
+Gradients ntm_addressing_kept_bwd(
+    OptionalTensor grad, Tensor kept, Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous) {
+  return backward(grad, kept, {key, memory, strength, gate, shift, gamma, previous});
+}
+
 }  // namespace
 }  // namespace memcore
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) {
   m.impl("ntm_addressing_fwd", TORCH_BOX(&memcore::ntm_addressing_fwd));
   m.impl("ntm_addressing_bwd", TORCH_BOX(&memcore::ntm_addressing_bwd));
+  m.impl("ntm_addressing_kept_fwd", TORCH_BOX(&memcore::ntm_addressing_kept_fwd));
+  m.impl("ntm_addressing_kept_bwd", TORCH_BOX(&memcore::ntm_addressing_kept_bwd));
 }

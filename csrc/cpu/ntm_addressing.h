@@ -2,6 +2,7 @@
 
 #include "dtype.h"
 #include "isa.h"
+#include "kept.h"
 
 namespace memcore {
 
@@ -10,6 +11,7 @@ struct AddressingArgs {
   int64_t B, H, N, W, S, memory_stride;  // stride 0: one memory for the batch
   const void *key, *memory, *strength, *gate, *shift, *gamma, *previous;
   void* weights;
+  void* kept;  // as of content_addressing
   // backward
   const void* grad;
   void *dkey, *dmemory, *dstrength, *dgate, *dshift, *dgamma, *dprevious;

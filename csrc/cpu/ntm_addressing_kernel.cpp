@@ -33,7 +33,7 @@ template <class T> struct Heads {
     widen(s.beta, (const T*)a.strength + b * H, H), widen(s.gate, (const T*)a.gate + b * H, H);
     widen(s.gamma, (const T*)a.gamma + b * H, H), widen(s.shift, (const T*)a.shift + b * H * a.S, H * a.S);
     widen_rows(s.previous, (const T*)a.previous + b * H * a.N, H, a.N, Np);
-    s.template forward<BACKWARD>(memory(b), block);
+    s.template forward<BACKWARD>(memory(b), block, a.kept ? (C*)a.kept + b * similar_numbers(H, a.N) : nullptr);
   }
 
   void forward(int64_t b) {
@@ -48,10 +48,11 @@ template <class T> struct Heads {
     s.backward(dw, dbeta, dgate, dshift, dgamma, dprevious);
     s.similar.backward(dw, own, key_own);
     fill(dkey, H * Wp, (C)0);
-    const Passes<T> passes(a.memory_stride == 0 ? 1 : a.B, a.N, a.W, step);
+    const Passes<T> passes(a.memory_stride == 0 ? 1 : a.B, a.N, a.W, step, a.kept);
     for (int64_t i = 0; i < a.N; i += step) {
       const int64_t n = passes.second(i), rows = a.N - n < step ? a.N - n : step;
       passes.ask_next(a.memory, b, n, rows);
+      passes.ask_after(a.memory, b, n);
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
       C* dm = sink.place(to, drows);

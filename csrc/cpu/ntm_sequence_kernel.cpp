@@ -173,7 +173,7 @@ template <class C> struct Sequence {
     each_part([&](int64_t, int64_t t, int64_t n) {
       tile_dots(m + t * a.W * L, n, a.W, s.similar.key, Wp, H, s.similar.sim + t * L, Np, s.similar.norm2 + t * L);
     });
-    s.similar.scale(nullptr);
+    s.similar.scale();
     each_heads([&](int64_t h, int heads) { s.template weigh_heads<false>(h, heads); });
     each_part([&](int64_t i, int64_t t, int64_t n) {
       C *rows = m + t * a.W * L, *found = sums_of(i, reads, a.R * Wp);

@@ -2,6 +2,7 @@
 
 #include "dtype.h"
 #include "isa.h"
+#include "kept.h"
 
 namespace memcore {
 
@@ -11,6 +12,7 @@ struct StepArgs {
   bool write_first;
   const void *memory, *interface, *previous;
   void *written, *reads, *weights;
+  void* kept;  // as of content_addressing
   // backward; a null gradient is zero
   const void *grad_written, *grad_reads, *grad_weights;
   void *dmemory, *dinterface, *dprevious;

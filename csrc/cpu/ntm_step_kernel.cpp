@@ -6,7 +6,8 @@ namespace memcore {
 namespace MC_ISA {
 namespace {
 
-// One batch element's step. The backward keeps nothing of the forward but its inputs: it computes the addressing again.
+// One batch element's step. The backward has the forward's inputs and, where they are few beside the memory, its similarities: it computes the rest
+// of the addressing again.
 template <class T> struct Step {
   typedef Acc<T> C;
   static constexpr int L = Lanes<C>::n;
@@ -22,7 +23,7 @@ template <class T> struct Step {
   C *x, *dx, *reads, *block, *next;
   C *dw, *dprevious, *own, *key_own, *dreads, *grad, *found, *drows, *scratch;
 
-  explicit Step(const StepArgs& args) : a(args), sink(args.B * args.N * args.W), passes(args.B, args.N, args.W, block_rows<C>(args.W)), l{args.R, args.Hw, args.W, args.range} {
+  explicit Step(const StepArgs& args) : a(args), sink(args.B * args.N * args.W), passes(args.B, args.N, args.W, block_rows<C>(args.W), args.kept && args.dmemory), l{args.R, args.Hw, args.W, args.range} {
     H = l.heads(), I = l.size();
     s.sizes(H, a.N, a.W, a.range);
     Np = s.similar.Np, Wp = s.similar.Wp, step = passes.step;
@@ -46,7 +47,7 @@ template <class T> struct Step {
     widen(x, (const T*)a.interface + b * I, I);
     activate(p, x, l);
     widen_rows(s.previous, (const T*)a.previous + b * H * a.N, H, a.N, Np);
-    s.template forward<BACKWARD>(memory(b), block);
+    s.template forward<BACKWARD>(memory(b), block, a.kept ? (C*)a.kept + b * similar_numbers(H, a.N) : nullptr);
   }
 
   void forward(int64_t b) {
@@ -92,6 +93,7 @@ template <class T> struct Step {
       const int64_t n = passes.second(i);
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
+      passes.ask_after(a.memory, b, n);
       C* dm = grown + n * a.W;
       if (passes.after(n) >= 0) prefetch<true>(grown + passes.after(n) * a.W, step * a.W * (int64_t)sizeof(C));
       const C* g = nullptr;
@@ -130,8 +132,8 @@ template <class T> struct Step {
 
     s.backward(dw, d.strength, d.gate, d.shift, d.gamma, dprevious);
     s.similar.backward(dw, own, key_own);
-    for (int64_t n = 0; n < a.N; n += step) {
-      const int64_t rows = a.N - n < step ? a.N - n : step;
+    for (int64_t i = 0; i < a.N; i += step) {
+      const int64_t n = passes.third(i), rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       C* dm = sink.place(dmemory + n * a.W, next);
       passes.ask_next(a.memory, b, n, rows);

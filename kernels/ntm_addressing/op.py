@@ -3,19 +3,24 @@
 from torch import Tensor
 
 from ... import _backend, _checks
-from .._op import register
+from .._op import keeps, register, register_kept
 from . import reference
 
 __all__ = ["ntm_addressing"]
 
 _OP = "ntm_addressing"
-_fwd = register(
-    _OP,
-    "Tensor key, Tensor memory, Tensor strength, Tensor gate, Tensor shift, Tensor gamma, Tensor previous",
-    reference.ntm_addressing,
-    lambda key, memory, strength, gate, shift, gamma, previous: previous.new_empty(previous.shape),
-    differentiable=("key", "memory", "strength", "gate", "shift", "gamma", "previous"),
-)
+_DIFFERENTIABLE = ("key", "memory", "strength", "gate", "shift", "gamma", "previous")
+_INPUTS = ", ".join(f"Tensor {name}" for name in _DIFFERENTIABLE)
+
+
+def _fake(key, memory, strength, gate, shift, gamma, previous):
+    return previous.new_empty(previous.shape)
+
+
+_fwd = register(_OP, _INPUTS, reference.ntm_addressing, _fake, differentiable=_DIFFERENTIABLE)
+_kept = register_kept(
+    _OP, _INPUTS, reference.ntm_addressing, _fake, lambda key, memory, *_: (memory, key.shape[1]), differentiable=_DIFFERENTIABLE
+)  # fmt: skip
 
 
 def ntm_addressing(
@@ -61,5 +66,5 @@ def ntm_addressing(
     _checks.odd(_OP, "shift", shift)
     _checks.shape(_OP, "previous", previous, "B, H, N", (B, H, N), "memory", memory.shape)
     if _backend.takes_kernel(_OP, key.device):
-        return _fwd(*args)
+        return (_kept if keeps(memory, H, *args) else _fwd)(*args)
     return reference.ntm_addressing(*args)

@@ -1,0 +1,123 @@
+"""What forwards on the CPU keep of the addressing for their backwards (csrc/cpu/kept.h): when, how much, and that it changes nothing."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+import memcore
+from cases import CASES, Sample, as_tuple, assert_close
+from contract import DIFFERENTIABLE, bound, each_dtype, expected, run
+from memcore.bench import measure
+from memcore.kernels._op import KEPT_FROM, keeps
+from paths import PATHS, use_path
+from test_contract_dispatch import ALL_CHECKS, leaf, raw_calls
+
+NATIVE = [p for p in PATHS if p.startswith("native")]
+OPERATORS = ("content_addressing", "ntm_addressing", "ntm_step")
+SECOND_CACHE = 256 << 10  # bytes of a memory from which on passes go back and forth (kAhead)
+SAMPLES = [p for p in DIFFERENTIABLE if p.values[0].name in OPERATORS]
+FIRSTS = [next(p for p in SAMPLES if p.values[0].name == name) for name in OPERATORS]
+
+
+def keep(monkeypatch, always: bool) -> None:
+    """Whatever the sizes are, except for a memory that the batch shares."""
+    for name in OPERATORS:
+        op = import_module(f"memcore.kernels.{name}.op")
+        monkeypatch.setattr(op, "keeps", lambda memory, *_: always and memory.dim() == 3 and torch.is_grad_enabled())
+
+
+def names(calls) -> list[str]:
+    return [op._schema.name.removeprefix("memcore::") for op, _ in calls]
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@each_dtype
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_same_bits(case, sample, dtype, path, monkeypatch):
+    found = []
+    for always in (False, True):
+        keep(monkeypatch, always)
+        with use_path(path):
+            found.append(run(case.function, case, sample, case.inputs(sample, dtype)))
+    (plain, gradients), (ys, grads) = found
+    memory = case.inputs(sample, dtype)["memory"]
+    rtol = 1e-12 if dtype == torch.float64 and memory[0].nbytes > SECOND_CACHE else 0  # other orders of passes and so of sums
+    for a, b in zip((*as_tuple(plain), *gradients.values()), (*as_tuple(ys), *grads.values()), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, equal_nan=True)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_a_memory_beyond_the_second_cache(case, sample, path, monkeypatch):
+    """Its passes go back and forth, in another order if the first is not needed."""
+    keep(monkeypatch, True)
+    sample = sample.resized(B=2, N=4000, W=20)
+    x = case.inputs(sample, torch.float32)
+    assert x["memory"][0].nbytes > SECOND_CACHE
+    with use_path(path):
+        _, grads = run(case.function, case, sample, x)
+    for k, e in expected(case, sample, torch.float32)[1].items():
+        assert_close(grads[k], e, dtype=torch.float32, **case.tolerance(sample, x, backward=True), what=f"gradient of {k}")
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_registration(case, sample, operators, monkeypatch):
+    keep(monkeypatch, True)
+    calls = raw_calls(case, sample, torch.float32)
+    assert names(calls) == [f"{case.name}_kept_fwd", f"{case.name}_kept_bwd"]
+    for (op, args), tracked in zip(calls, (True, False), strict=True):
+        torch.library.opcheck(op, tuple(leaf(v, tracked) for v in args), test_utils=ALL_CHECKS)
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_derivatives_of_any_order(case, sample, operators, monkeypatch):
+    keep(monkeypatch, True)
+    f, leaves = bound(case, sample.resized(B=1, N=3, W=2), case.inputs(sample.resized(B=1, N=3, W=2)))
+    assert torch.autograd.gradcheck(f, leaves) and torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_compiles(case, sample, operators, monkeypatch):
+    keep(monkeypatch, True)
+    _, wanted = run(case.function, case, sample, case.inputs(sample, torch.float32))
+    torch.compiler.reset()
+    compiled = torch.compile(case.function, backend="aot_eager", fullgraph=True)
+    _, grads = run(compiled, case, sample, case.inputs(sample, torch.float32))
+    for k, g in grads.items():
+        torch.testing.assert_close(g, wanted[k], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+def test_wrong_sizes_are_refused(path):
+    key, memory = torch.randn(2, 1, 8), torch.randn(2, 5, 8)
+    with use_path(path):
+        weights, kept = torch.ops.memcore.content_addressing_kept_fwd(key, memory, None, None, True)
+        for wrong in (kept[:-1], kept.double(), torch.cat([kept, kept])[::2]):
+            with pytest.raises(RuntimeError, match="what the forward kept has another size or type"):
+                torch.ops.memcore.content_addressing_kept_bwd(weights, wrong, key, memory, None, None, True)
+
+
+def test_when():
+    H, W = 3, 32  # four numbers a slot: an eighth of 32
+    memory = torch.empty(2, KEPT_FROM // (2 * W), W, requires_grad=True)
+    assert keeps(memory, H) and keeps(memory.detach(), H, None, torch.empty(1, requires_grad=True))
+    assert not keeps(memory, H + 1)
+    assert not keeps(memory.bfloat16(), H)  # float32 numbers are twice as large
+    assert not keeps(memory[:, 1:], H) and not keeps(memory[0], H)
+    assert not keeps(memory.detach(), H, None) and not keeps(memory.to("meta"), H)
+    with torch.no_grad():
+        assert not keeps(memory, H)
+
+
+@pytest.mark.skipif(not NATIVE, reason="needs the native library")
+def test_at_most_an_eighth_of_a_memory_more():
+    """The bar is 1.2 memories a step, the memory itself included."""
+    case = next(c for c in CASES if c.name == "ntm_step")
+    sample = next(s for s in case.samples if s.id == "small").resized(B=2, N=2048, W=64)
+    x = case.inputs(sample, torch.float32)
+    x["memory"].requires_grad_()
+    with use_path(NATIVE[-1]):
+        kept = measure.saved_bytes(lambda: case.function(**x, **sample.options).reads, [x["interface"]])
+    memory = x["memory"].nbytes
+    assert memory * 1.01 < kept <= 1.2 * memory
