@@ -84,16 +84,18 @@ inline torch::headeronly::ScalarType accumulated(const Tensor& t) {
   using torch::headeronly::ScalarType;
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-inline Tensor make_kept(const Tensor& like, int64_t B, int64_t H, int64_t N) {
-  const int64_t shape[] = {B * similar_numbers(H, N)};
-  return make(like, Sizes(shape, 1), accumulated(like));
+inline Tensor make_kept(const Tensor& memory, int64_t H) {
+  if (memory.dim() != 3) fail("memcore: a forward that keeps similarities wants a memory for each element");
+  const int64_t shape[] = {memory.size(0) * similar_numbers(H, memory.size(1))};
+  return make(memory, Sizes(shape, 1), accumulated(memory));
 }
-// The same in the backward: null if nothing was kept.
-inline void* kept_of(const OptionalTensor& kept, const Tensor& like, int64_t B, int64_t H, int64_t N) {
+// The same in the backward, which only reads it; null if nothing was kept.
+inline void* kept_of(const OptionalTensor& kept, const Tensor& memory, int64_t H) {
   if (!kept || kept->numel() == 0) return nullptr;
-  if (kept->numel() != B * similar_numbers(H, N) || kept->scalar_type() != accumulated(like) || !kept->is_contiguous())
+  if (memory.dim() != 3 || kept->numel() != memory.size(0) * similar_numbers(H, memory.size(1)) || kept->scalar_type() != accumulated(memory) ||
+      !kept->is_contiguous())
     fail("memcore: what the forward kept has another size or type");
-  return kept->mutable_data_ptr();
+  return const_cast<void*>(kept->const_data_ptr());
 }
 
 inline const void* in(const Tensor& t) { return t.const_data_ptr(); }

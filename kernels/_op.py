@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _cuda
 
-__all__ = ["accumulate", "keeps", "library", "no_autocast", "register", "register_kept"]
+__all__ = ["accumulate", "keeps", "library", "no_autocast", "register", "register_kept", "similar_numbers"]
 
 KEPT_FROM = 1 << 17
 """Numbers of a memory from which on its similarities are kept for a backward: below, handling one more tensor costs more than it saves."""
@@ -291,12 +291,20 @@ def _eager(
 def keeps(memory: Tensor, heads: int, *others: Tensor | None) -> bool:
     """Whether a forward on the CPU should keep the similarities of so many heads for its backward: one is wanted, and they take at most an eighth of
     the memory [B, N, W]."""
-    if memory.dim() != 3 or memory.numel() < KEPT_FROM or memory.device.type != "cpu" or not torch.is_grad_enabled():
+    if memory.dim() != 3 or memory.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    if not memory.requires_grad and not any(t is not None and t.requires_grad for t in others):
+        return False
+    # An exported program is for sizes and devices that are not known yet; whatever it was exported with must not decide.
+    if torch.compiler.is_exporting() or memory.numel() < KEPT_FROM:
         return False
     size = memory.element_size()
-    if 8 * (heads + 1) * max(size, 4) > memory.shape[2] * size:
-        return False
-    return memory.requires_grad or any(t is not None and t.requires_grad for t in others)
+    return 8 * similar_numbers(heads, memory.shape[1]) * max(size, 4) <= memory.shape[1] * memory.shape[2] * size
+
+
+def similar_numbers(heads: int, slots: int) -> int:
+    """Of an element, as csrc/cpu/kept.h counts them."""
+    return 16 + (heads + 1) * ((slots + 15) // 16 * 16)
 
 
 def register_kept(
@@ -307,7 +315,7 @@ def register_kept(
 
     def shapes(*args):
         memory, heads = sizes(*args)
-        numbers = memory.shape[0] * (heads + 1) * ((memory.shape[-2] + 15) // 16 * 16)
+        numbers = memory.shape[0] * similar_numbers(heads, memory.shape[1])
         return *_tuple(fake(*args)), memory.new_empty(numbers, dtype=torch.float64 if memory.dtype == torch.float64 else torch.float32)
 
     return register(f"{name}_kept", inputs, reference, shapes, outputs=outputs, saved=1, gpu=False, differentiable=differentiable)

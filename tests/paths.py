@@ -1,12 +1,13 @@
 """The implementations of the operators that run here, by name."""
 
+import sys
 from contextlib import contextmanager
 
 import torch
 
 from memcore import _backend, functional
 
-__all__ = ["PATHS", "judged_in_python", "use_path"]
+__all__ = ["PATHS", "standing_in_for_a_gpu", "use_path"]
 
 
 def _paths() -> list[str]:
@@ -37,14 +38,17 @@ def use_path(path: str):
 
 
 @contextmanager
-def judged_in_python():
-    """For what stands in for a GPU on CPU tensors: searches leave no arguments to the CPU's kernel to judge."""
+def standing_in_for_a_gpu():
+    """For what stands in for a GPU on CPU tensors: searches leave no arguments to the CPU's kernel to judge, and nothing is kept as it keeps it."""
+    from memcore.kernels import _op
     from memcore.kernels.knn_lookup import op as lookup
     from memcore.kernels.knn_search import op as search
 
-    plain = search.plain
+    plain, kept_from = search.plain, _op.KEPT_FROM
     search.plain = lookup.plain = lambda *_: False
+    _op.KEPT_FROM = sys.maxsize
     try:
         yield
     finally:
         search.plain = lookup.plain = plain
+        _op.KEPT_FROM = kept_from

@@ -1,6 +1,6 @@
 """The gates on what compilers make of the GPU kernels: no spill on any architecture, and nothing but what results/gpu/resources.json says.
 
-Each run compiles every Triton kernel in its heaviest form for two architectures and reads all CUDA kernels of the library (of one that holds PTX
+Each run compiles every Triton kernel in its heaviest form for one architecture and reads all CUDA kernels of the library (of one that holds PTX
 alone, the float32 ones); --slow compiles all forms for all.
 """
 
@@ -89,7 +89,7 @@ def float32():
 
 
 # Triton takes half a minute for an architecture; CUDA's part judges the oldest of NVIDIA's.
-USUAL = ("sm_90", "gfx942")
+USUAL = ("sm_90",)
 
 
 @needs_triton

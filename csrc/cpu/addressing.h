@@ -121,15 +121,20 @@ template <class C> struct Similarity {
     a.take(norm2, Np);
   }
 
-  // sim and norm2 lie in an element's share of what the forward keeps (`similar_numbers`).
-  void lie_in(C* kept) { sim = kept, norm2 = kept + H * Np; }
-  // Forward: the rest of that share is 0.
-  void fill_rest(C* kept) const {
-    const int64_t used = (cosine ? H + 1 : H) * Np;
-    fill(kept + used, similar_numbers(H, N) - used, (C)0);
+  // `forward`, with sim and norm2 in an element's share of what it keeps (kept.h; may be null).
+  template <class T> void forward_kept(const T* memory, const bool* mask, C* block, C* kept) {
+    if (kept) sim = kept + kKeptHead, norm2 = sim + H * Np;
+    forward(memory, mask, block);
+    if (!kept) return;
+    fill(kept, kKeptHead, (C)0);
+    kept[0] = (C)Np;
+    C* rest = sim + (cosine ? H + 1 : H) * Np;
+    fill(rest, kept + similar_numbers(H, N) - rest, (C)0);
   }
-  // Backward: as `forward` leaves it; key is in place.
-  void resume() {
+  // What `forward_kept` left, for the backward; computed again if nothing was kept, or by code of other vectors.
+  template <class T> void resume(const T* memory, const bool* mask, C* block, C* kept) {
+    if (!kept || kept[0] != (C)Np) return forward(memory, mask, block);
+    sim = kept + kKeptHead, norm2 = sim + H * Np;
     if (cosine) invert_norms();
   }
   // ik and im from the key and norm2.
@@ -496,10 +501,8 @@ template <class C> struct Addressing {
   }
   // Keys, parameters and previous are in place. `kept` (may be null) is this element's share of what the forward keeps for the backward.
   template <bool BACKWARD, class T> void forward(const T* memory, C* block, C* kept) {
-    if (kept) similar.lie_in(kept);
-    if (BACKWARD && kept) similar.resume();
-    else similar.forward(memory, nullptr, block);
-    if (!BACKWARD && kept) similar.fill_rest(kept);
+    if (BACKWARD) similar.resume(memory, nullptr, block, kept);
+    else similar.forward_kept(memory, nullptr, block, kept);
     weigh<BACKWARD>();
   }
   // From the similarities on; with KNOWN the weights are there already.

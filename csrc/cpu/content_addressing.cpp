@@ -20,7 +20,7 @@ Tensor forward(Tensor key, Tensor memory, OptionalTensor strength, OptionalTenso
   ContentArgs a = arguments(key, memory, strength, mask, cosine);
   Tensor weights = make(key, {a.B, a.H, a.N});
   a.weights = out(weights);
-  if (kept) a.kept = out(kept->emplace(make_kept(key, a.B, a.H, a.N)));
+  if (kept) a.kept = out(kept->emplace(make_kept(memory, a.H)));
   auto* kernel = MC_PICK(content_addressing_fwd);
   parallel(a.B, a.H * a.N * (a.W + 16), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return weights;
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   ContentArgs a = arguments(key, memory, strength, mask, cosine);
   Tensor g = dense_or_zero(grad, key, {a.B, a.H, a.N});
   Tensor dkey = make_like(key), dmemory = make_like(memory), dstrength = strength ? make_like(*strength) : make(key, {0});
-  a.kept = kept_of(kept, key, a.B, a.H, a.N);
+  a.kept = kept_of(kept, memory, a.H);
   a.grad = in(g), a.dkey = out(dkey), a.dmemory = out(dmemory), a.dstrength = out(dstrength);
   std::vector<char> coefficients;
   if (memory.dim() == 2) {

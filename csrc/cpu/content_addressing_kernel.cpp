@@ -36,10 +36,8 @@ template <class T> struct Element {
     widen_rows(s.key, (const T*)a.key + b * a.H * a.W, a.H, a.W, s.Wp);
     if (unusable(b)) fill(s.key, a.H * s.Wp, (C)0);
     C* kept = a.kept ? (C*)a.kept + b * similar_numbers(a.H, a.N) : nullptr;
-    if (kept) s.lie_in(kept);
-    if (backward && kept) s.resume();
-    else s.forward(memory(b), mask(b), block);
-    if (!backward && kept) s.fill_rest(kept);
+    if (backward) s.resume(memory(b), mask(b), block, kept);
+    else s.forward_kept(memory(b), mask(b), block, kept);
   }
 };
 

@@ -27,7 +27,7 @@ Tensor forward(Inputs x, OptionalTensor* kept) {
   AddressingArgs a = x.arguments();
   Tensor weights = make_like(x.previous);
   a.weights = out(weights);
-  if (kept) a.kept = out(kept->emplace(make_kept(x.key, a.B, a.H, a.N)));
+  if (kept) a.kept = out(kept->emplace(make_kept(x.memory, a.H)));
   auto* kernel = MC_PICK(ntm_addressing_fwd);
   parallel(a.B, cost(a), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return weights;
@@ -44,7 +44,7 @@ Gradients backward(const OptionalTensor& grad, const OptionalTensor& kept, Input
   Tensor dmemory = shared ? make(memory, {a.B, a.N, a.W}) : make_like(memory);
   Tensor dkey = make_like(key), dstrength = make_like(strength), dgate = make_like(gate), dshift = make_like(shift);
   Tensor dgamma = make_like(gamma), dprevious = make_like(previous);
-  a.kept = kept_of(kept, key, a.B, a.H, a.N);
+  a.kept = kept_of(kept, memory, a.H);
   a.grad = in(g), a.dkey = out(dkey), a.dmemory = out(dmemory), a.dstrength = out(dstrength), a.dgate = out(dgate);
   a.dshift = out(dshift), a.dgamma = out(dgamma), a.dprevious = out(dprevious);
   auto* kernel = MC_PICK(ntm_addressing_bwd);

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   StepArgs a = arguments(memory, interface, previous, read_heads, write_heads, shift_range, write_first);
   Tensor written = make_like(memory), reads = make(memory, {a.B, a.R, a.W}), weights = make_like(previous);
   a.written = out(written), a.reads = out(reads), a.weights = out(weights);
-  if (kept) a.kept = out(kept->emplace(make_kept(memory, a.B, a.R + a.Hw, a.N)));
+  if (kept) a.kept = out(kept->emplace(make_kept(memory, a.R + a.Hw)));
   auto* kernel = MC_PICK(ntm_step_fwd);
   parallel(a.B, cost(a), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return {written, reads, weights};
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   grad_written = dense(grad_written), grad_reads = dense(grad_reads), grad_weights = dense(grad_weights);
   StepArgs a = arguments(memory, interface, previous, read_heads, write_heads, shift_range, write_first);
   Tensor dmemory = make_like(memory), dinterface = make_like(interface), dprevious = make_like(previous);
-  a.kept = kept_of(kept, memory, a.B, a.R + a.Hw, a.N);
+  a.kept = kept_of(kept, memory, a.R + a.Hw);
   a.grad_written = in(grad_written), a.grad_reads = in(grad_reads), a.grad_weights = in(grad_weights);
   a.dmemory = out(dmemory), a.dinterface = out(dinterface), a.dprevious = out(dprevious);
   auto* kernel = MC_PICK(ntm_step_bwd);

@@ -28,6 +28,7 @@ inline uint64_t hash_bytes(const void* data, int64_t size) {
 
 template <class T> struct Array {  // zeros that the system hands out page by page, in huge pages where there are any
   explicit Array(int64_t n) : memory(nullptr, std::free) {
+    if ((size_t)n > (SIZE_MAX - kHugePage) / sizeof(T)) throw std::bad_alloc();
     const size_t bytes = (size_t)(n ? n : 1) * sizeof(T), room = bytes < kHugePage ? 0 : kHugePage;
     memory.reset(std::calloc(bytes + room, 1));
     if (!memory) throw std::bad_alloc();

@@ -14,11 +14,12 @@ __all__ = ["RINGS", "Rings", "drop_rows", "used_rows"]
 RINGS = ("keys", "values")
 
 
-def _paged(t: Tensor) -> Tensor:
-    """What searches and writes go through: in huge pages where the system has them."""
+def _paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that searches and writes go through: in huge pages where the system has them, which are to be asked for before anything is written."""
+    t = torch.empty(*shape, dtype=dtype, device=device)
     if t.is_cpu and _backend.native is not None:
         torch.ops.memcore._ask_huge_pages(t)
-    return t
+    return t.zero_()
 
 
 class Rings:
@@ -27,10 +28,11 @@ class Rings:
     def __init__(
         self, A: int, N: int, D: int, V: int, optimizer: RowOptimizer | None, *, grad_keys: bool, bf16: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
-        zeros = lambda *shape, of=dtype: torch.zeros(*shape, dtype=of, device=device)  # noqa: E731  (untouched zeros cost no memory)
-        self.keys, self.values = _paged(zeros(A, N, D)).requires_grad_(grad_keys), _paged(zeros(A, N, V)).requires_grad_()
-        self.norms = _paged(zeros(A, N))
-        self.mirror = _paged(zeros(A, N, D, of=torch.bfloat16)) if bf16 else None
+        zeros = lambda *shape, of=dtype: torch.zeros(*shape, dtype=of, device=device)  # noqa: E731
+        paged = lambda *shape, of=dtype: _paged(*shape, dtype=of, device=device)  # noqa: E731
+        self.keys, self.values = paged(A, N, D).requires_grad_(grad_keys), paged(A, N, V).requires_grad_()
+        self.norms = paged(A, N)
+        self.mirror = paged(A, N, D, of=torch.bfloat16) if bf16 else None
         self.rounding = zeros(A, of=torch.float32) if bf16 else None
         self.head = torch.zeros(1 + A, dtype=torch.int64)  # an epoch, odd while rows change; the counts
         self.count = self.head[1:].to(device)

@@ -16,7 +16,7 @@ import torch
 from memcore import _backend, functional
 
 import shim_build
-from paths import judged_in_python
+from paths import standing_in_for_a_gpu
 
 __all__ = ["LIMIT", "Launch", "kernels", "load", "operators", "processors", "recorded", "schedule", "shared_limit", "use", "watched"]
 
@@ -201,7 +201,7 @@ def use() -> Iterator[None]:
     try:
         for op, m in modules.items():
             m._fwd = call(op)
-        with _backend.backend("native"), judged_in_python():
+        with _backend.backend("native"), standing_in_for_a_gpu():
             yield
     finally:
         _backend._native_cpu = known

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcore import _backend
-from paths import judged_in_python
+from paths import standing_in_for_a_gpu
 
 __all__ = ["as_cuda"]
 
@@ -32,7 +32,7 @@ def as_cuda(backend: str = "auto") -> Iterator[list[str]]:
     takes = _backend.takes_kernel
     _backend.takes_kernel = lambda op, device: takes(op, torch.device("cuda", 0))
     try:
-        with _backend.backend(backend), judged_in_python(), _Mode() as mode:
+        with _backend.backend(backend), standing_in_for_a_gpu(), _Mode() as mode:
             yield mode.calls
     finally:
         _backend.takes_kernel = takes

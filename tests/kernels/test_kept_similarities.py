@@ -1,15 +1,16 @@
 """What forwards on the CPU keep of the addressing for their backwards (csrc/cpu/kept.h): when, how much, and that it changes nothing."""
 
+import itertools
 from importlib import import_module
 
 import pytest
 import torch
 
 import memcore
-from cases import CASES, Sample, as_tuple, assert_close
-from contract import DIFFERENTIABLE, bound, each_dtype, expected, run
+from cases import CASES, as_tuple, assert_close
+from contract import DIFFERENTIABLE, bound, cotangents, each_dtype, expected, run, track
 from memcore.bench import measure
-from memcore.kernels._op import KEPT_FROM, keeps
+from memcore.kernels._op import KEPT_FROM, keeps, similar_numbers
 from paths import PATHS, use_path
 from test_contract_dispatch import ALL_CHECKS, leaf, raw_calls
 
@@ -96,18 +97,62 @@ def test_wrong_sizes_are_refused(path):
         for wrong in (kept[:-1], kept.double(), torch.cat([kept, kept])[::2]):
             with pytest.raises(RuntimeError, match="what the forward kept has another size or type"):
                 torch.ops.memcore.content_addressing_kept_bwd(weights, wrong, key, memory, None, None, True)
+        with pytest.raises(RuntimeError, match="wants a memory for each element"):
+            torch.ops.memcore.content_addressing_kept_fwd(key, memory[0], None, None, True)
 
 
 def test_when():
-    H, W = 3, 32  # four numbers a slot: an eighth of 32
-    memory = torch.empty(2, KEPT_FROM // (2 * W), W, requires_grad=True)
+    H, W = 3, 36  # four numbers a slot are a ninth of 36
+    memory = torch.empty(4, KEPT_FROM // (4 * W) + 1, W, requires_grad=True)
     assert keeps(memory, H) and keeps(memory.detach(), H, None, torch.empty(1, requires_grad=True))
     assert not keeps(memory, H + 1)
     assert not keeps(memory.bfloat16(), H)  # float32 numbers are twice as large
-    assert not keeps(memory[:, 1:], H) and not keeps(memory[0], H)
+    assert not keeps(memory[:, 8:], H) and not keeps(memory[0], H)
     assert not keeps(memory.detach(), H, None) and not keeps(memory.to("meta"), H)
     with torch.no_grad():
         assert not keeps(memory, H)
+    for N in (1, 8, 17):  # rows are padded to 16 slots
+        assert not keeps(torch.empty(KEPT_FROM // N, N, W, requires_grad=True), H)
+    for N, H, W in ((512, 4, 64), (20, 1, 32), (128, 1, 20)):
+        memory = torch.empty(KEPT_FROM // N, N, W, requires_grad=True)
+        assert keeps(memory, H) == (8 * similar_numbers(H, N) <= N * W)
+
+
+@pytest.mark.parametrize("size", ["B", "N"])
+def test_exported_programs_take_any_size(size, operators):
+    """Beyond and below what decides elsewhere, and on any device."""
+
+    class Addressing(torch.nn.Module):
+        def forward(self, key, memory):
+            return memcore.functional.content_addressing(key, memory)
+
+    def inputs(B=4, N=600):
+        return torch.randn(B, 1, 64, requires_grad=True), torch.randn(B, N, 64, requires_grad=True)
+
+    dim = torch.export.Dim(size, min=2, max=5000)
+    shapes = ({0: dim}, {0: dim}) if size == "B" else (None, {1: dim})
+    program = torch.export.export(Addressing(), inputs(), dynamic_shapes=shapes)
+    assert "kept" not in str(program.graph)
+    for n in (2, 3000):
+        x = inputs(**{size: n})
+        torch.testing.assert_close(program.module()(*x), memcore.functional.content_addressing(*x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case, sample", FIRSTS)
+def test_backward_by_another_instruction_set(case, sample, monkeypatch):
+    """It computes again what it cannot read."""
+    keep(monkeypatch, True)
+    sample = sample.resized(B=2, N=67, W=9)
+    x = case.inputs(sample, torch.float32)
+    wanted = expected(case, sample, torch.float32)[1]
+    for first, second in itertools.permutations(NATIVE, 2):
+        leaves = track(case, x)
+        with use_path(first):
+            ys = as_tuple(case.function(**x, **sample.options))
+        with use_path(second):
+            grads = torch.autograd.grad(ys, leaves, cotangents(ys), retain_graph=True)
+        for g, e in zip(grads, wanted.values(), strict=True):
+            assert_close(g, e, dtype=torch.float32, **case.tolerance(sample, x, backward=True), what=f"{first}, then {second}")
 
 
 @pytest.mark.skipif(not NATIVE, reason="needs the native library")

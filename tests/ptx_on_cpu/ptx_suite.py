@@ -385,7 +385,7 @@ class _Mode(TorchDispatchMode):
 @contextmanager
 def emulated(emulator: Emulator) -> Iterator[list[str]]:
     """Inside, memcore's operators run on compiled kernels; yields the names of those that did."""
-    from paths import PATHS, judged_in_python, use_path
+    from paths import PATHS, standing_in_for_a_gpu, use_path
 
-    with use_path(PATHS[-1] if PATHS[-1] != "reference" else "registered"), judged_in_python(), _Mode(emulator) as mode:
+    with use_path(PATHS[-1] if PATHS[-1] != "reference" else "registered"), standing_in_for_a_gpu(), _Mode(emulator) as mode:
         yield mode.calls

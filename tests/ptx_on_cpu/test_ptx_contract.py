@@ -22,7 +22,8 @@ LONG = {
 
 
 def plan():
-    """On sm_80 every sample in float32, and one in each narrow type (of Triton's composed operators none). The rest, sm_90 and long samples are slow."""
+    """On sm_80 every sample in float32, and one in each narrow type; of Triton's composed operators, which take it seconds to compile, every third
+    sample in float32. The rest, sm_90 and long samples are slow."""
     for backend in BACKENDS:
         for p in PAIRS:
             case, sample = p.values
@@ -31,8 +32,9 @@ def plan():
             at = case.samples.index(sample)
             for dtype in DTYPES:
                 for arch in (80, 90):
-                    narrow = at == (2 if dtype == "bfloat16" else 3) and not (backend == "triton" and case.name in COMPOSED)
-                    usual = arch == 80 and (dtype == "float32" or narrow)
+                    composed = backend == "triton" and case.name in COMPOSED
+                    narrow = at == (2 if dtype == "bfloat16" else 3) and not composed
+                    usual = arch == 80 and (dtype == "float32" and not (composed and at % 3) or narrow)
                     slow = not usual or sample.sizes.get("N", 0) >= LONG[backend].get(case.name, 1000000)
                     marks = [pytest.mark.slow] if slow else []
                     if missing(backend):
