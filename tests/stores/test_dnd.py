@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memcore
 from memcore.functional import knn_lookup
@@ -487,3 +488,26 @@ def test_told_once_when_the_table_is_not_built(monkeypatch, caplog):
 
 def test_public_name():
     assert memcore.DND is DND and memcore.stores.hash_rows is hash_rows
+
+
+@pytest.mark.skipif(memcore._backend.native is None, reason="needs the native library")
+def test_huge_pages_are_asked_for_before_anything_is_written():
+    """A page that was touched stays as it is."""
+
+    class Writes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            made = op(*args, **(kwargs or {}))
+            tensor = made if made is not None else args[0]
+            if isinstance(tensor, torch.Tensor):
+                self.seen.append((op._schema.name.partition("::")[2], tensor.data_ptr()))
+            return made
+
+    with Writes() as writes:
+        store = memcore.DND(2, 300, 8, bf16=True)
+    for ring in (store.keys, store.values, store._rings.norms, store._rings.mirror):
+        assert [name for name, at in writes.seen if at == ring.data_ptr()][:3] == ["empty", "_ask_huge_pages", "zero_"]
+        assert not ring.detach().any()
