@@ -98,6 +98,19 @@ inline void* kept_of(const OptionalTensor& kept, const Tensor& memory, int64_t H
   return const_cast<void*>(kept->const_data_ptr());
 }
 
+// `t` has this shape, and type and device of `like`: what a kernel would read past the end of, or as something else, if nobody checked before.
+inline void expect(const char* op, const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
+  bool fits = t.dim() == (int64_t)shape.size() && t.scalar_type() == like.scalar_type() && t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index();
+  int64_t i = 0;
+  for (auto n = shape.begin(); fits && n != shape.end(); n++, i++) fits = t.size(i) == *n;
+  if (fits) return;
+  std::string wanted, got;
+  for (int64_t n : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(n);
+  for (i = 0; i < t.dim(); i++) got += (got.empty() ? "" : ", ") + std::to_string(t.size(i));
+  fail(std::string("memcore.") + op + ": '" + name + "' must have shape (" + wanted + "), type and device of the memory, got shape (" + got + ")" +
+       (t.scalar_type() == like.scalar_type() ? "" : " and another type"));
+}
+
 inline const void* in(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* in(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 inline void* out(const Tensor& t) { return t.mutable_data_ptr(); }

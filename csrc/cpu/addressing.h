@@ -241,10 +241,10 @@ template <class C> MC_INLINE C score_extreme(const C* sim, int64_t N, C beta, co
 template <class C> MC_INLINE C score_from(C* w, const C* sim, int64_t N, int64_t Np, C beta, C extreme, const bool* mask) {
   constexpr int L = Lanes<C>::n;
   Total<C> total;
-  abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
+  abreast<C>(Np, [&](int64_t n, auto count) MC_INLINED {
     constexpr int B = count.value;
     Vec<C> e[B];
-    each_of<B>([&](int i) { e[i] = beta * (load(sim + n + i * L) - extreme); });
+    each_of<B>([&](int i) MC_INLINED { e[i] = beta * (load(sim + n + i * L) - extreme); });
     exp_negatives<B>(e);
     for (int i = 0; i < B; i++) {
       e[i] = first<C>(e[i], N - n - i * L);
@@ -417,21 +417,21 @@ template <class C, bool LOG, bool KNOWN> MC_INLINE C sharpen_from(C* p, C* ratio
   // Logarithms and exponentials in loops of their own: one chain of both is longer than a processor looks ahead.
   C* logs = LOG ? ratio_log : p;
   const Ratio<C> ratio(extreme);
-  abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
+  abreast<C>(Np, [&](int64_t n, auto count) MC_INLINED {
     constexpr int B = count.value;
     Vec<C> l[B];
-    each_of<B>([&](int i) { l[i] = ratio.of(load(w + n + i * L)); });
+    each_of<B>([&](int i) MC_INLINED { l[i] = ratio.of(load(w + n + i * L)); });
     log_positives<B>(l);
-    each_of<B>([&](int i) { store(logs + n + i * L, load(w + n + i * L) <= 0 ? Vec<C>{} : l[i]); });
+    each_of<B>([&](int i) MC_INLINED { store(logs + n + i * L, load(w + n + i * L) <= 0 ? Vec<C>{} : l[i]); });
   });
   if (KNOWN) return 1;
   Total<C> total;
-  abreast<C>(Np, [&](int64_t n, auto count) __attribute__((always_inline)) {
+  abreast<C>(Np, [&](int64_t n, auto count) MC_INLINED {
     constexpr int B = count.value;
     Vec<C> l[B];
-    each_of<B>([&](int i) { l[i] = gamma * load(logs + n + i * L); });
+    each_of<B>([&](int i) MC_INLINED { l[i] = gamma * load(logs + n + i * L); });
     exp_negatives<B>(l);
-    each_of<B>([&](int i) {
+    each_of<B>([&](int i) MC_INLINED {
       l[i] = load(w + n + i * L) <= 0 ? Vec<C>{} : l[i];
       store(p + n + i * L, l[i]);
       total.add(l[i]);

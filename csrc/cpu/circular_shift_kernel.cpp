@@ -14,7 +14,7 @@ template <class C> MC_INLINE bool in_place(int64_t N, int64_t R) { return R == 1
 template <class C, class F> MC_INLINE void shift_in_place(C* out, const C* w, C s0, C s1, C s2, int64_t N, F also) {
   constexpr int L = Lanes<C>::n;
   const Vec<C> v0 = splat(s0), v1 = splat(s1), v2 = splat(s2);
-  const auto at = [&](int64_t n) __attribute__((always_inline)) {
+  const auto at = [&](int64_t n) MC_INLINED {
     Vec<C> v = v0 * load(w + n + 1);
     v += v1 * load(w + n);
     v += v2 * load(w + n - 1);
@@ -30,8 +30,8 @@ template <class C, class F> MC_INLINE void shift_in_place(C* out, const C* w, C 
 template <class C> MC_INLINE void shift_backward_in_place(C* dw, C* ds, const C* d, const C* w, const C* s, int64_t N) {
   constexpr int L = Lanes<C>::n;
   Totals<C, 3> t;
-  shift_in_place(dw, d, s[2], s[1], s[0], N, [&](int64_t n, int count) __attribute__((always_inline)) {
-    const auto part = [&](const C* p) __attribute__((always_inline)) { return count < L ? load_part(p, count) : load(p); };
+  shift_in_place(dw, d, s[2], s[1], s[0], N, [&](int64_t n, int count) MC_INLINED {
+    const auto part = [&](const C* p) MC_INLINED { return count < L ? load_part(p, count) : load(p); };
     const Vec<C> g = part(d + n), x[3] = {g * part(w + n + 1), g * part(w + n), g * part(w + n - 1)};
     t.add(x);
   });

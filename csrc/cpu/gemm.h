@@ -56,7 +56,7 @@ MC_INLINE void tile_product(C* c, int64_t ldc, const C* start, const C* a, int64
 #pragma GCC unroll 4
       for (int u = 1; u < U; u++) acc[u][r][j] = Vec<C>{};
     }
-  const auto step = [&](int64_t k, Vec<C>(*to)[NV]) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, Vec<C>(*to)[NV]) MC_INLINED {
     Vec<C> row[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; j++) row[j] = load(b + (k * NV + j) * L);

@@ -104,23 +104,23 @@ struct Eight {
   }
 };
 MC_INLINE Eight operator+(const Eight& a, const Eight& b) {
-  return Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] + b.part[i]; });
+  return Eight::of([&](int i) MC_INLINED { return a.part[i] + b.part[i]; });
 }
 MC_INLINE Eight operator-(const Eight& a, const Eight& b) {
-  return Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] - b.part[i]; });
+  return Eight::of([&](int i) MC_INLINED { return a.part[i] - b.part[i]; });
 }
 MC_INLINE Eight operator*(const Eight& a, const Eight& b) {
-  return Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] * b.part[i]; });
+  return Eight::of([&](int i) MC_INLINED { return a.part[i] * b.part[i]; });
 }
 MC_INLINE void operator+=(Eight& a, const Eight& b) { a = a + b; }
 MC_INLINE void operator*=(Eight& a, double x) {
-  a = Eight::of([&](int i) __attribute__((always_inline)) { return a.part[i] * x; });
+  a = Eight::of([&](int i) MC_INLINED { return a.part[i] * x; });
 }
 MC_INLINE void load8(const double* p, Eight& to) {
-  to = Eight::of([&](int i) __attribute__((always_inline)) { return load(p + i * Eight::L); });
+  to = Eight::of([&](int i) MC_INLINED { return load(p + i * Eight::L); });
 }
 MC_INLINE void load8(const float* p, Eight& to) {
-  to = Eight::of([&](int i) __attribute__((always_inline)) {
+  to = Eight::of([&](int i) MC_INLINED {
 #if defined(__AVX512F__)
     return (Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p + i * Eight::L));
 #elif defined(__AVX2__)
@@ -147,7 +147,7 @@ MC_INLINE double total(Eight x) {  // of halves: numbers four, two and one apart
 template <class C, class F> MC_INLINE double sum_pairs(const double* q, const C* k, int64_t D, F f) {
   Eight s{}, r{};  // two, so that a sum need not wait for the one before
   int64_t d = 0;
-  const auto step = [&](Eight& to, int64_t at) __attribute__((always_inline)) {
+  const auto step = [&](Eight& to, int64_t at) MC_INLINED {
     Eight x, y;
     load8(q + at, x), load8(k + at, y);
     f(to, x, y);
@@ -161,7 +161,7 @@ template <class C, class F> MC_INLINE double sum_pairs(const double* q, const C*
   }
   return t;
 }
-#define MC_SUM(...) [&](auto& s, const auto& x, auto& y) __attribute__((always_inline)) { (void)x, __VA_ARGS__; }
+#define MC_SUM(...) [&](auto& s, const auto& x, auto& y) MC_INLINED { (void)x, __VA_ARGS__; }
 
 // |x| of a query or key, as cosine takes it.
 struct Norm {
@@ -196,7 +196,7 @@ template <class C> struct Distance {
     if (n2 - n2 != 0) return n2 - n2;
     if (own.zero || n.zero) return 1;
     const double i = n.inverse;
-    const double sum = sum_pairs(q, k, D, [&](auto& s, const auto& x, auto& y) __attribute__((always_inline)) {
+    const double sum = sum_pairs(q, k, D, [&](auto& s, const auto& x, auto& y) MC_INLINED {
       y *= i;
       __asm__("" : "+m"(y));  // rounded as the query's unit vector was: no fused multiply-add
       s += (x - y) * (x - y);

@@ -223,7 +223,7 @@ template <int R, int QR, bool L2, class C, class S> MC_INLINE void along_sums(in
   Vec<C> s[QR * R];
 #pragma GCC unroll 16
   for (int i = 0; i < QR * R; i++) s[i] = Vec<C>{};
-  const auto step = [&](int64_t d, auto get) __attribute__((always_inline)) {
+  const auto step = [&](int64_t d, auto get) MC_INLINED {
     Vec<C> x[QR];
 #pragma GCC unroll 4
     for (int j = 0; j < QR; j++) x[j] = load(queries + j * Dp + d);
@@ -242,8 +242,8 @@ template <int R, int QR, bool L2, class C, class S> MC_INLINE void along_sums(in
     }
   };
   int64_t d = 0;
-  for (; d + L <= D; d += L) step(d, [](const S* p) __attribute__((always_inline)) { return load_wide(p); });
-  if (d < D) step(d, [&](const S* p) __attribute__((always_inline)) { return load_wide_part(p, (int)(D - d)); });
+  for (; d + L <= D; d += L) step(d, [](const S* p) MC_INLINED { return load_wide(p); });
+  if (d < D) step(d, [&](const S* p) MC_INLINED { return load_wide_part(p, (int)(D - d)); });
   sum_all<QR * R>(s, out);
 }
 
@@ -257,7 +257,7 @@ template <int R, bool L2, class C, class S> MC_INLINE void each_sums(int64_t D, 
     Vec<C> t[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++) t[u] = Vec<C>{};
-    const auto step = [&](Vec<C>& to, Vec<C> k, int64_t d) __attribute__((always_inline)) {
+    const auto step = [&](Vec<C>& to, Vec<C> k, int64_t d) MC_INLINED {
       const Vec<C> x = load(query + d), y = L2 ? k - x : x;
       to += (L2 ? y : k) * y;
     };

@@ -9,16 +9,16 @@ namespace MC_ISA {
 // tanh to a few units in the last place: Moshier's odd polynomial (Cephes) near 0, (1 - e^-2|x|) / (1 + e^-2|x|) beyond.
 template <int n> MC_INLINE void hyperbolic_tangents(Vec<float>* x) {
   Vec<float> size[n], e[n], z[n], p[n];
-  each_of<n>([&](int i) { size[i] = x[i] < 0 ? -x[i] : x[i]; });
-  each_of<n>([&](int i) { e[i] = -2 * size[i]; });
+  each_of<n>([&](int i) MC_INLINED { size[i] = x[i] < 0 ? -x[i] : x[i]; });
+  each_of<n>([&](int i) MC_INLINED { e[i] = -2 * size[i]; });
   exp_negatives<n>(e);
-  each_of<n>([&](int i) { e[i] = (1 - e[i]) * reciprocal(1 + e[i]); });
-  each_of<n>([&](int i) { z[i] = x[i] * x[i]; });
-  each_of<n>([&](int i) { p[i] = -5.70498872745e-3f * z[i] + 2.06390887954e-2f; });
-  each_of<n>([&](int i) { p[i] = p[i] * z[i] - 5.37397155531e-2f; });
-  each_of<n>([&](int i) { p[i] = p[i] * z[i] + 1.33314422036e-1f; });
-  each_of<n>([&](int i) { p[i] = p[i] * z[i] - 3.33332819422e-1f; });
-  each_of<n>([&](int i) { x[i] = size[i] < 0.625f ? x[i] + x[i] * z[i] * p[i] : x[i] < 0 ? -e[i] : e[i]; });
+  each_of<n>([&](int i) MC_INLINED { e[i] = (1 - e[i]) * reciprocal(1 + e[i]); });
+  each_of<n>([&](int i) MC_INLINED { z[i] = x[i] * x[i]; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = -5.70498872745e-3f * z[i] + 2.06390887954e-2f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * z[i] - 5.37397155531e-2f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * z[i] + 1.33314422036e-1f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * z[i] - 3.33332819422e-1f; });
+  each_of<n>([&](int i) MC_INLINED { x[i] = size[i] < 0.625f ? x[i] + x[i] * z[i] * p[i] : x[i] < 0 ? -e[i] : e[i]; });
 }
 template <int n> MC_INLINE void hyperbolic_tangents(Vec<double>* x) {
   for (int i = 0; i < n; i++)
@@ -32,7 +32,7 @@ template <class V> MC_INLINE V hyperbolic_tangent(V x) {
 // f(first, Number<how many vectors>, lanes of the last one) over the K numbers of a row.
 template <class C, class F> MC_INLINE void over_row(int64_t K, F f) {
   constexpr int L = Lanes<C>::n;
-  abreast<C>(K, [&](int64_t k, auto count) __attribute__((always_inline)) { f(k, count, L); });
+  abreast<C>(K, [&](int64_t k, auto count) MC_INLINED { f(k, count, L); });
   if (K % L > 0) f(K / L * L, Number<1>{}, (int)(K % L));
 }
 
@@ -40,26 +40,26 @@ template <class C, class F> MC_INLINE void over_row(int64_t K, F f) {
 template <class C> MC_INLINE void lstm_forward(C* z, const C* last, C* c, C* h, int64_t K) {
   constexpr int L = Lanes<C>::n;
   C *keep = z + K, *out = z + 2 * K, *now = z + 3 * K;
-  over_row<C>(3 * K, [&](int64_t k, auto count, int n) __attribute__((always_inline)) {
+  over_row<C>(3 * K, [&](int64_t k, auto count, int n) MC_INLINED {
     constexpr int B = count.value;
     Vec<C> x[B];
-    each_of<B>([&](int i) { x[i] = load_n(z + k + i * L, n); });
+    each_of<B>([&](int i) MC_INLINED { x[i] = load_n(z + k + i * L, n); });
     sigmoids<B>(x);
-    each_of<B>([&](int i) { store_n(z + k + i * L, x[i], n); });
+    each_of<B>([&](int i) MC_INLINED { store_n(z + k + i * L, x[i], n); });
   });
-  over_row<C>(K, [&](int64_t k, auto count, int n) __attribute__((always_inline)) {
+  over_row<C>(K, [&](int64_t k, auto count, int n) MC_INLINED {
     constexpr int B = count.value;
     Vec<C> x[B];
-    each_of<B>([&](int i) { x[i] = load_n(now + k + i * L, n); });
+    each_of<B>([&](int i) MC_INLINED { x[i] = load_n(now + k + i * L, n); });
     hyperbolic_tangents<B>(x);
-    each_of<B>([&](int i) {
+    each_of<B>([&](int i) MC_INLINED {
       const int64_t j = k + i * L;
       store_n(now + j, x[i], n);
       x[i] = load_n(keep + j, n) * load_n(last + j, n) + load_n(z + j, n) * x[i];
       store_n(c + j, x[i], n);
     });
     hyperbolic_tangents<B>(x);
-    each_of<B>([&](int i) { store_n(h + k + i * L, load_n(out + k + i * L, n) * x[i], n); });
+    each_of<B>([&](int i) MC_INLINED { store_n(h + k + i * L, load_n(out + k + i * L, n) * x[i], n); });
   });
 }
 

@@ -18,6 +18,10 @@ struct Call {
     a.O = outputs, a.layers = layers, a.decay = decay, a.strength = strength, a.zero = zero, a.separate = separate, a.write_first = write_first, a.every = every;
     a.K = state.size(2);
     if (layers > MannArgs::kLayers) fail("memcore.mann_sequence: the kernel takes up to 8 controller layers");
+    const auto expected = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) { expect("mann_sequence", name, t, memory, shape); };
+    expected("input", input, {a.T, a.B, a.X}), expected("memory", memory, {a.B, a.N, a.W}), expected("reads", reads, {a.B, a.R, a.W});
+    expected("read_weights", weights, {a.B, a.R, a.N}), expected("usage", usage, {a.B, a.N}), expected("controller", state, {2 * layers, a.B, a.K});
+    expected("parameters", parameters, {parameters.numel()});
     int64_t numbers = a.I() * (a.K + 1) + a.O * (a.K + a.F() + 1);
     for (int64_t l = 0; l < layers; l++) numbers += (a.D(l) + 1) * a.G();
     if (parameters.numel() != numbers)

@@ -170,7 +170,7 @@ template <class C> struct Sequence {
 
   // Keys, words and gates from the interface.
   void activate(int64_t t, int64_t b, const C* x) {
-    const auto rows = [&](C* to, const C* from) __attribute__((always_inline)) {
+    const auto rows = [&](C* to, const C* from) MC_INLINED {
       for (int64_t h = 0; h < R; h++)
         for (int64_t w = 0; w < a.W; w += L) {
           const int part = a.W - w < L ? (int)(a.W - w) : L;

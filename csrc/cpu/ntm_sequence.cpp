@@ -16,6 +16,10 @@ struct Call {
     a.O = outputs, a.lstm = lstm, a.layers = layers, a.R = read_heads, a.Hw = write_heads, a.range = shift_range;
     a.write_first = write_first, a.clip = clip, a.every = every, a.K = state.size(2);
     if (layers > SavedLayout::kLayers) fail("memcore.ntm_sequence: the kernel takes up to 8 controller layers");
+    const int64_t states = lstm ? 2 * layers : 0;
+    const auto expected = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) { expect("ntm_sequence", name, t, memory, shape); };
+    expected("input", input, {a.T, a.B, a.X}), expected("memory", memory, {a.B, a.N, a.W}), expected("reads", reads, {a.B, a.R, a.W});
+    expected("weights", weights, {a.B, a.H(), a.N}), expected("controller", state, {states, a.B, a.K}), expected("parameters", parameters, {parameters.numel()});
     int64_t numbers = a.I() * (a.K + 1) + a.O * (a.K + a.F() + 1);
     for (int64_t l = 0; l < layers; l++) numbers += (a.D(l) + 1) * a.G();
     if (parameters.numel() != numbers)

@@ -73,7 +73,7 @@ MC_INLINE void dots_tile(const C* const* m, int64_t W, const C* k, int64_t ldk, 
   for (int h = 0; h < A; h++)
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) acc[h][r] = Vec<C>{};
-  const auto chunk = [&](int64_t w, auto get) __attribute__((always_inline)) {
+  const auto chunk = [&](int64_t w, auto get) MC_INLINED {
     Vec<C> row[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) row[r] = get(m[r] + w);
@@ -221,7 +221,7 @@ MC_INLINE void scatter_tile(
       if (ERASE) ev[h][j] = load(e + h * lda + j * L);
     }
   }
-  const auto get = [part](const C* p, int j) __attribute__((always_inline)) { return FULL || j + 1 < NC ? load(p + j * L) : load_part(p + j * L, part); };
+  const auto get = [part](const C* p, int j) MC_INLINED { return FULL || j + 1 < NC ? load(p + j * L) : load_part(p + j * L, part); };
   for (int64_t n = 0; n < rows; n++) {
     Vec<C> v[NC];
 #pragma GCC unroll 4
@@ -406,7 +406,7 @@ MC_INLINE void write_read_backward_rows(
   for (int i = 0; i < R; i++) x[i] = splat(c[i]);
 #pragma GCC unroll 16
   for (int i = 0; i < (RH + 1) * R; i++) sums[i] = Vec<C>{};
-  const auto chunk = [&](int64_t w, auto get, auto put) __attribute__((always_inline)) {
+  const auto chunk = [&](int64_t w, auto get, auto put) MC_INLINED {
     const Vec<C> ev = load(e + w), av = load(a + w);
     Vec<C> dev = load(de + w), dav = load(da + w);
 #pragma GCC unroll 8
@@ -514,7 +514,7 @@ MC_INLINE void pull_push_tile(
   for (int h = 0; h < HB; h++)
 #pragma GCC unroll 4
     for (int j = 0; j < NC; j++) kv[h][j] = load(key + h * ldk + j * L), acc[h][j] = Vec<C>{};
-  const auto get = [part](const C* p, int j) __attribute__((always_inline)) { return FULL || j + 1 < NC ? load(p + j * L) : load_part(p + j * L, part); };
+  const auto get = [part](const C* p, int j) MC_INLINED { return FULL || j + 1 < NC ? load(p + j * L) : load_part(p + j * L, part); };
   for (int64_t n = 0; n < rows; n++) {
     const Vec<C> s = splat(own[n]);
     Vec<C> row[NC], v[NC];

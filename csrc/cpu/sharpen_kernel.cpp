@@ -29,7 +29,7 @@ template <class T> void forward(const WeightArgs& a, int64_t begin, int64_t end)
   for (int64_t r = begin; r < end; r++) {
     const C* row = whole((const T*)a.first + r * a.N, w, a.N, Np);
     const C gamma = wide(((const T*)a.parameter)[r]);
-    into((T*)a.result + r * a.N, p, a.N, Np, [&](C* to) __attribute__((always_inline)) { sharpen_row<C, false>(to, nullptr, row, gamma, a.N, Np); });
+    into((T*)a.result + r * a.N, p, a.N, Np, [&](C* to) MC_INLINED { sharpen_row<C, false>(to, nullptr, row, gamma, a.N, Np); });
   }
 }
 

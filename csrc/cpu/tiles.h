@@ -105,7 +105,7 @@ MC_INLINE void tile_dots_heads(const C* m, int64_t tiles, int64_t W, const C* k,
 }
 template <class C> inline void tile_dots(const C* m, int64_t tiles, int64_t W, const C* k, int64_t ldk, int64_t H, C* out, int64_t ldo, C* norm2) {
   for (int64_t h = 0; h < H || norm2; h += kMostHeads, norm2 = nullptr)
-    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) MC_INLINED {
       if (norm2) tile_dots_heads<heads.value, true>(m, tiles, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
       else tile_dots_heads<heads.value, false>(m, tiles, W, k + h * ldk, ldk, out + h * ldo, ldo, norm2);
     });
@@ -115,12 +115,12 @@ template <class C> inline void tile_dots(const C* m, int64_t tiles, int64_t W, c
 template <class C> inline void tile_gather(const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, C* r, int64_t ldr) {
   constexpr int L = Lanes<C>::n;
   for (int64_t h = 0; h < H; h += kMostHeads)
-    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) MC_INLINED {
       constexpr int HB = heads.value > 0 ? heads.value : 1;
       const C* ch = c + h * ldc;
       for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
         const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-        over_columns<HB <= 2 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+        over_columns<HB <= 2 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
           constexpr int B = columns.value;
           Vec<C> acc[HB * B];
 #pragma GCC unroll 16
@@ -149,7 +149,7 @@ template <class C> inline void tile_gather(const C* m, int64_t tiles, int64_t W,
 template <class C> inline void tile_scatter(C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda) {
   constexpr int L = Lanes<C>::n;
   for (int64_t h = 0; h < H; h += kMostHeads)
-    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) MC_INLINED {
       constexpr int HB = heads.value > 0 ? heads.value : 1;
       for (int64_t t = 0; t < tiles; t++) {
         Vec<C> x[HB];
@@ -193,7 +193,7 @@ MC_INLINE void tile_write_read_of(
     C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr, C* scratch) {
   constexpr int L = Lanes<C>::n;
   if constexpr (kInOrder<R>) {
-    const auto sweep = [&](int64_t t0, auto count) __attribute__((always_inline)) {
+    const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
       constexpr int B = count.value;
       C* mt = m + t0 * W * L;
       Vec<C> x[B];
@@ -218,13 +218,13 @@ MC_INLINE void tile_write_read_of(
         }
       }
     };
-    return in_order<R, 4>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) {
+    return in_order<R, 4>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
       for (int i = 0; i < R; i++) r[i * ldr + w] += found[i];
     });
   }
   for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
     const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-    over_columns<R <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+    over_columns<R <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
       constexpr int B = columns.value;
       Vec<C> acc[R * B], ev[B], av[B];
 #pragma GCC unroll 16
@@ -257,7 +257,7 @@ MC_INLINE void tile_write_read_of(
 template <class C>
 inline void tile_write_read(
     C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, C* r, int64_t ldr, C* scratch) {
-  with_count(R, [&](auto reads) { tile_write_read_of<(reads.value > 0 ? reads.value : 1)>(m, tiles, W, c, e, a, k, ldk, r, ldr, scratch); });
+  with_count(R, [&](auto reads) MC_INLINED { tile_write_read_of<(reads.value > 0 ? reads.value : 1)>(m, tiles, W, c, e, a, k, ldk, r, ldr, scratch); });
 }
 
 // Backward of tile_write_read, R = 0 being a write alone. dr: gradients of the read vectors; g: of the memory written, in place that of m.
@@ -269,7 +269,7 @@ MC_INLINE void tile_write_read_backward_of(
     C* dc, C* de, C* da, C* scratch) {
   constexpr int L = Lanes<C>::n;
   if constexpr (kInOrder<R>) {
-    const auto sweep = [&](int64_t t, auto) __attribute__((always_inline)) {
+    const auto sweep = [&](int64_t t, auto) MC_INLINED {
       const Vec<C> x = load(c + t * L);
       Vec<C> dx = load(dc + t * L), dy[R];
 #pragma GCC unroll 8
@@ -295,11 +295,11 @@ MC_INLINE void tile_write_read_backward_of(
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++) store(dk + i * ldk + t * L, dy[i]);
     };
-    return in_order<2, 1>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) { de[w] += found[0], da[w] += found[1]; });
+    return in_order<2, 1>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED { de[w] += found[0], da[w] += found[1]; });
   }
   for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
     const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-    over_columns<R <= 1 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+    over_columns<R <= 1 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
       constexpr int B = columns.value;
       Vec<C> ev[B], av[B], sums[2 * B];  // of de, of da
 #pragma GCC unroll 4
@@ -340,7 +340,7 @@ template <class C>
 inline void tile_write_read_backward(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, const C* dr, int64_t ldr,
     C* dk, C* dc, C* de, C* da, C* scratch) {
-  with_count(R, [&](auto reads) { tile_write_read_backward_of<reads.value>(g, m, tiles, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da, scratch); });
+  with_count(R, [&](auto reads) MC_INLINED { tile_write_read_backward_of<reads.value>(g, m, tiles, W, c, e, a, k, ldk, dr, ldr, dk, dc, de, da, scratch); });
 }
 
 // Backward of tile_erase_add for any number of heads; formulas at rows.h's erase_add_backward. `scratch` holds (2 W + 1) H vectors.
@@ -386,7 +386,7 @@ MC_INLINE void tile_pull_push_of(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own, C* scratch) {
   constexpr int L = Lanes<C>::n;
   if constexpr (kInOrder<HB - 1>) {
-    const auto sweep = [&](int64_t t0, auto count) __attribute__((always_inline)) {
+    const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
       constexpr int B = count.value;
       Vec<C> x[HB][B];
 #pragma GCC unroll 8
@@ -414,13 +414,13 @@ MC_INLINE void tile_pull_push_of(
         for (int t = 0; t < B; t++) store(g + ((t0 + t) * W + w) * L, gv[t]);
       }
     };
-    return in_order<HB, 2>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) {
+    return in_order<HB, 2>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
       for (int i = 0; i < HB; i++) dkey[i * ldk + w] += found[i];
     });
   }
   for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
     const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-    over_columns<HB <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) {
+    over_columns<HB <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
       constexpr int B = columns.value;
       Vec<C> acc[HB * B], kv[HB * B];
 #pragma GCC unroll 8
@@ -453,7 +453,7 @@ template <class C>
 inline void tile_pull_push(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk, const C* own, C* scratch) {
   for (int64_t h = 0; h < H; h += kMostHeads)
-    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) {
+    with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) MC_INLINED {
       constexpr int HB = heads.value > 0 ? heads.value : 1;
       if (h == 0) tile_pull_push_of<HB, true>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own, scratch);
       else tile_pull_push_of<HB, false>(g, m, tiles, W, c + h * ldc, ldc, key + h * ldk, dkey + h * ldk, ldk, own, scratch);

@@ -12,6 +12,7 @@
 #endif
 
 #define MC_INLINE inline __attribute__((always_inline))
+#define MC_INLINED __attribute__((always_inline))  // of a lambda; what it captures by reference would be read through two pointers at each use
 
 namespace memcore {
 namespace MC_ISA {
@@ -31,12 +32,14 @@ template <class C> struct Lanes;
 template <> struct Lanes<float> {
   static constexpr int n = kBytes / 4;
   typedef float V __attribute__((vector_size(kBytes)));
+  typedef float Anywhere __attribute__((vector_size(kBytes), aligned(4)));
   typedef int32_t I __attribute__((vector_size(kBytes)));
   typedef uint32_t U __attribute__((vector_size(kBytes)));
 };
 template <> struct Lanes<double> {
   static constexpr int n = kBytes / 8;
   typedef double V __attribute__((vector_size(kBytes)));
+  typedef double Anywhere __attribute__((vector_size(kBytes), aligned(8)));
   typedef int64_t I __attribute__((vector_size(kBytes)));
 };
 template <class C> using Vec = typename Lanes<C>::V;
@@ -64,12 +67,9 @@ MC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 // Rows of scratch arrays are padded so that every access is a whole vector.
 template <class C> MC_INLINE int64_t padded(int64_t n) { return round_up(n, Lanes<C>::n); }
 
-template <class C> MC_INLINE Vec<C> load(const C* p) {
-  Vec<C> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class C> MC_INLINE void store(C* p, Vec<C> v) { std::memcpy(p, &v, sizeof v); }
+// As vectors of C, not as bytes: a store of bytes may change anything, sizes and pointers too, which would then be read again after each.
+template <class C> MC_INLINE Vec<C> load(const C* p) { return *(const typename Lanes<C>::Anywhere*)p; }
+template <class C> MC_INLINE void store(C* p, Vec<C> v) { *(typename Lanes<C>::Anywhere*)p = v; }
 
 // A bit for each lane of x that is less than t's.
 #if defined(__AVX512F__)
@@ -469,20 +469,20 @@ template <int n, class F> MC_INLINE void each_of(F f) {
 // below -87.3 it is 0 (no subnormal results). For x <= 0; other x give anything but a trap, NaN gives NaN.
 template <int n> MC_INLINE void exp_negatives(Vec<float>* x) {
   Vec<float> t[n], r[n], r2[n], p[n], q[n];
-  each_of<n>([&](int i) { t[i] = x[i] * 1.44269504088896341f + 12582912.0f; });  // the low bits hold x / ln2 to the nearest integer
-  each_of<n>([&](int i) { q[i] = t[i] - 12582912.0f; });
-  each_of<n>([&](int i) { r[i] = x[i] - q[i] * 0.693359375f; });
-  each_of<n>([&](int i) { r[i] = r[i] + q[i] * 2.12194440e-4f; });
-  each_of<n>([&](int i) { r2[i] = r[i] * r[i]; });
-  each_of<n>([&](int i) { p[i] = 1.9875691500e-4f * r[i] + 1.3981999507e-3f; });
-  each_of<n>([&](int i) { q[i] = 8.3334519073e-3f * r[i] + 4.1665795894e-2f; });
-  each_of<n>([&](int i) { p[i] = p[i] * r2[i] + q[i]; });
-  each_of<n>([&](int i) { q[i] = 1.6666665459e-1f * r[i] + 5.0000001201e-1f; });
-  each_of<n>([&](int i) { p[i] = p[i] * r2[i] + q[i]; });
-  each_of<n>([&](int i) { r[i] = r[i] + 1.0f; });
-  each_of<n>([&](int i) { p[i] = p[i] * r2[i] + r[i]; });
-  each_of<n>([&](int i) { p[i] = p[i] * (Vec<float>)(((UVec)t[i] << 23) + 0x3f800000u); });
-  each_of<n>([&](int i) { x[i] = x[i] < -87.33654f ? Vec<float>{} : p[i]; });
+  each_of<n>([&](int i) MC_INLINED { t[i] = x[i] * 1.44269504088896341f + 12582912.0f; });  // the low bits hold x / ln2 to the nearest integer
+  each_of<n>([&](int i) MC_INLINED { q[i] = t[i] - 12582912.0f; });
+  each_of<n>([&](int i) MC_INLINED { r[i] = x[i] - q[i] * 0.693359375f; });
+  each_of<n>([&](int i) MC_INLINED { r[i] = r[i] + q[i] * 2.12194440e-4f; });
+  each_of<n>([&](int i) MC_INLINED { r2[i] = r[i] * r[i]; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = 1.9875691500e-4f * r[i] + 1.3981999507e-3f; });
+  each_of<n>([&](int i) MC_INLINED { q[i] = 8.3334519073e-3f * r[i] + 4.1665795894e-2f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * r2[i] + q[i]; });
+  each_of<n>([&](int i) MC_INLINED { q[i] = 1.6666665459e-1f * r[i] + 5.0000001201e-1f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * r2[i] + q[i]; });
+  each_of<n>([&](int i) MC_INLINED { r[i] = r[i] + 1.0f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * r2[i] + r[i]; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * (Vec<float>)(((UVec)t[i] << 23) + 0x3f800000u); });
+  each_of<n>([&](int i) MC_INLINED { x[i] = x[i] < -87.33654f ? Vec<float>{} : p[i]; });
 }
 template <int n> MC_INLINE void exp_negatives(Vec<double>* x) {
   for (int i = 0; i < n; i++)
@@ -495,23 +495,23 @@ template <class V> MC_INLINE V exp_negative(V x) {
 // log of a positive number in single precision, Moshier's coefficients (relative error 2e-7), subnormals included; NaN gives NaN.
 template <int n> MC_INLINE void log_positives(Vec<float>* x) {
   Vec<float> k[n], m[n], z[n], p[n], q[n];
-  each_of<n>([&](int i) {
+  each_of<n>([&](int i) MC_INLINED {
     const IVec<float> tiny = x[i] < 1.17549435e-38f;
     const UVec bits = (UVec)(tiny ? x[i] * 8388608.0f : x[i]);
     const IVec<float> e = (IVec<float>)(bits - 0x3f3504f3u) >> 23;  // sqrt(1/2) <= m < sqrt(2)
     m[i] = (Vec<float>)(bits - ((UVec)e << 23)) - 1.0f;
     k[i] = __builtin_convertvector(e - (tiny & 23), Vec<float>);
   });
-  each_of<n>([&](int i) { z[i] = m[i] * m[i]; });
-  each_of<n>([&](int i) { p[i] = -1.2420140846e-1f * m[i] + 1.4249322787e-1f; });
-  each_of<n>([&](int i) { q[i] = -1.1514610310e-1f * m[i] + 1.1676998740e-1f; });
-  each_of<n>([&](int i) { p[i] = p[i] + z[i] * q[i]; });
-  each_of<n>([&](int i) { p[i] = p[i] + (z[i] * z[i]) * 7.0376836292e-2f; });
-  each_of<n>([&](int i) { q[i] = -2.4999993993e-1f * m[i] + 3.3333331174e-1f; });
-  each_of<n>([&](int i) { q[i] = q[i] + z[i] * (-1.6668057665e-1f * m[i] + 2.0000714765e-1f); });
-  each_of<n>([&](int i) { p[i] = p[i] * (z[i] * z[i]) + q[i]; });
-  each_of<n>([&](int i) { p[i] = p[i] * (m[i] * z[i]) + (k[i] * -2.12194440e-4f - 0.5f * z[i]); });
-  each_of<n>([&](int i) { x[i] = k[i] * 0.693359375f + (m[i] + p[i]) + (x[i] - x[i]); });
+  each_of<n>([&](int i) MC_INLINED { z[i] = m[i] * m[i]; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = -1.2420140846e-1f * m[i] + 1.4249322787e-1f; });
+  each_of<n>([&](int i) MC_INLINED { q[i] = -1.1514610310e-1f * m[i] + 1.1676998740e-1f; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] + z[i] * q[i]; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] + (z[i] * z[i]) * 7.0376836292e-2f; });
+  each_of<n>([&](int i) MC_INLINED { q[i] = -2.4999993993e-1f * m[i] + 3.3333331174e-1f; });
+  each_of<n>([&](int i) MC_INLINED { q[i] = q[i] + z[i] * (-1.6668057665e-1f * m[i] + 2.0000714765e-1f); });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * (z[i] * z[i]) + q[i]; });
+  each_of<n>([&](int i) MC_INLINED { p[i] = p[i] * (m[i] * z[i]) + (k[i] * -2.12194440e-4f - 0.5f * z[i]); });
+  each_of<n>([&](int i) MC_INLINED { x[i] = k[i] * 0.693359375f + (m[i] + p[i]) + (x[i] - x[i]); });
 }
 template <int n> MC_INLINE void log_positives(Vec<double>* x) {
   for (int i = 0; i < n; i++)
@@ -532,10 +532,10 @@ MC_INLINE Vec<double> log1p_unit(Vec<double> e) {
 }
 template <int n, class V> MC_INLINE void sigmoids(V* x) {
   V e[n], s[n];
-  each_of<n>([&](int i) { e[i] = x[i] < 0 ? x[i] : -x[i]; });
+  each_of<n>([&](int i) MC_INLINED { e[i] = x[i] < 0 ? x[i] : -x[i]; });
   exp_negatives<n>(e);
-  each_of<n>([&](int i) { s[i] = reciprocal(1 + e[i]); });
-  each_of<n>([&](int i) { x[i] = x[i] < 0 ? e[i] * s[i] : s[i]; });
+  each_of<n>([&](int i) MC_INLINED { s[i] = reciprocal(1 + e[i]); });
+  each_of<n>([&](int i) MC_INLINED { x[i] = x[i] < 0 ? e[i] * s[i] : s[i]; });
 }
 template <class V> MC_INLINE V sigmoid(V x) {
   sigmoids<1>(&x);

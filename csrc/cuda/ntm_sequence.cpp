@@ -22,6 +22,10 @@ SequenceArgs arguments(
   a.write_first = write_first, a.clip = clip, a.every = every;
   small(kName, {a.X, a.N, a.W, a.K, a.O, a.R, a.Hw, a.S, a.layers});
   if (a.R > kReadHeads) fail("memcore.ntm_sequence: the CUDA kernel takes up to 8 read heads, got " + std::to_string(a.R));
+  const auto expected = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) { expect(kName, name, t, memory, shape); };
+  expected("input", input, {a.T, a.B, a.X}), expected("memory", memory, {a.B, a.N, a.W}), expected("reads", reads, {a.B, a.R, a.W});
+  expected("weights", weights, {a.B, a.R + a.Hw, a.N}), expected("controller", state, {lstm ? 2 * layers : 0, a.B, a.K});
+  expected("parameters", parameters, {parameters.numel()});
   if (parameters.numel() != a.numbers())
     fail("memcore.ntm_sequence: 'parameters' must have " + std::to_string(a.numbers()) + " numbers, got " + std::to_string(parameters.numel()));
   const auto at = [](const Tensor& t) { return (const float*)in(t); };

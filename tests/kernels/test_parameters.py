@@ -8,6 +8,8 @@ import test_ntm_sequence
 from memcore import backend, functional, reference
 from memcore.functional import MANNParameters, NTMParameters
 from memcore.kernels._parameters import vector
+from memcore.kernels.mann_sequence import op as mann
+from memcore.kernels.ntm_sequence import op as ntm
 from paths import PATHS, use_path
 
 KINDS = {"ntm_sequence": (test_ntm_sequence, NTMParameters), "mann_sequence": (test_mann_sequence, MANNParameters)}
@@ -65,3 +67,24 @@ def test_vector_is_differentiable_to_any_order():
     assert torch.autograd.gradgradcheck(lambda *x: vector(x).pow(3), parts)
     only = [parts[0].detach(), parts[1]]
     assert torch.equal(torch.autograd.grad(vector(only).sum(), parts[1])[0], torch.ones_like(parts[1]))
+
+
+RAW = {"ntm_sequence": ntm, "mann_sequence": mann}
+
+
+@pytest.mark.skipif(len(PATHS) < 2, reason="needs the native library")
+@each_operator
+@pytest.mark.parametrize("which", range(1, 5))
+def test_the_kernel_itself_looks_at_shapes_and_types(op, which, monkeypatch):
+    """What comes past the public function, with another size or type, would be read past its end."""
+    module, kind = KINDS[op]
+    tensors, flat, options = module.draw(B=2)
+    pairs, right = list(zip(flat[::2], flat[1::2])), RAW[op]._fwd
+    for more, change in ((" and another type", torch.Tensor.double), ("", lambda t: torch.cat((t, t), 1))):
+
+        def wrong(*args, change=change):
+            return right(*args[:which], change(args[which]), *args[which + 1 :])
+
+        monkeypatch.setattr(RAW[op], "_fwd", wrong)
+        with pytest.raises(RuntimeError, match=rf"^memcore.{op}: '\w+' must have shape \(.*\), type and device of the memory, got shape \(.*\){more}$"):
+            getattr(functional, op)(*tensors.values(), kind(pairs[:-2], pairs[-2], pairs[-1]), **options)
