@@ -210,6 +210,14 @@ class StepCase:
     def memory_bytes(self) -> int:
         return 4 * self.B * self.N * self.W
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of one step, forward and backward, on the memory: at the least, with everything kept and nothing computed twice."""
+        H = self.R + self.Hw
+        forward = H + 1 + self.R + 2 * self.Hw  # similarities, norms, reads; a write is memory + w (add - erase memory)
+        backward = 2 * H + 1 + 2 * self.R + 5 * self.Hw  # of two factors each; a write: add - erase memory again, w x gradient, and of w, erase and memory
+        return self.B * self.N * self.W * (forward + backward)
+
     def inputs(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, list[Tensor], Tensor]:
         """memory, one interface a step in memcore's layout, first weights; leaves that require grad."""
         g = torch.Generator().manual_seed(seed)

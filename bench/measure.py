@@ -30,6 +30,8 @@ __all__ = [
     "held_bytes",
     "interleave",
     "machine",
+    "multiplies_bfloat16",
+    "products",
     "release",
     "resident",
     "saved_bytes",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 SAMPLE_SECONDS = 2e-3  # a sample repeats a call until it takes this long
+WARM_SECONDS = 20e-3  # shorter calls are timed after one of their own, as in a loop, not after whatever another variant left in the caches
 CONTEXT = "naive"  # shown as context only: timed in every fourth round
 
 
@@ -109,8 +112,8 @@ def interleave(
                 if name == CONTEXT and i % 4:
                     continue
                 call, n = variants[name], calls[name][0]
-                if n > 1:
-                    call()  # finds the caches as the variant before left them
+                if calls[name][1] < WARM_SECONDS:
+                    call()
                 start = clock()
                 for _ in range(n):
                     call()
@@ -139,6 +142,28 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
         result = forward()
     del result
     return total
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for bfloat16 products, which are faster than those for float32."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text() or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def products(multiply_adds: float, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """A call of so many multiply-adds, as PyTorch matrix products that stay in the caches: what no kernel that needs them can hope to beat."""
+    side, block = 512, 1024
+    count = max(1, round(multiply_adds / side**2))
+    a, b, out = (torch.randn(n, side, dtype=dtype) for n in (min(block, count), side, min(block, count)))
+    parts = [(a[:n], out[:n]) for n in [block] * (count // block) + [count % block] * (count % block > 0)]
+
+    def call() -> None:
+        for x, y in parts:
+            torch.mm(x, b, out=y)
+
+    return call
 
 
 def release() -> None:

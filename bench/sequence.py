@@ -56,6 +56,24 @@ class _Model:
     floor: Callable[[nn.Module], nn.Module]
     order: Callable[[StepCase], Tensor] | None  # of the eager twin's interface
     kept: Callable[[StepCase], int]
+    multiply_adds: Callable[[StepCase], int]  # of one step, forward and backward, controller included
+
+
+def _lstm(X: int, C: int, reads: int, interface: int, O: int) -> int:
+    """Multiply-adds of one element's controller, interface and output: of weights forward, of their gradients, and of inputs' but the sequence's."""
+    own = (reads + C) * 4 * C + C * interface + (C + reads) * O
+    return 3 * own + 2 * X * 4 * C
+
+
+def _ntm_multiply_adds(case: StepCase) -> int:
+    interface = (case.R + case.Hw) * (case.W + 6) + 2 * case.Hw * case.W
+    return case.multiply_adds + case.B * _lstm(9, 100, case.R * case.W, interface, 8)
+
+
+def _mann_multiply_adds(case: StepCase) -> int:
+    R = case.R
+    memory = 3 * R + 1 + 6 * R + 1  # similarities, reads and writes of each head, norms; then of two factors each
+    return case.B * (case.N * case.W * memory + _lstm(405, 200, R * case.W, R * (case.W + 1), 5))
 
 
 def _ntm(case: StepCase) -> nn.Module:
@@ -75,10 +93,12 @@ MODELS = {
         9, 8, _ntm, baselines.eager_ntm, lambda net: baselines.eager_ntm(net, baselines.no_memory_step),
         lambda c: baselines.interface_order(c.W, c.R, c.Hw),
         lambda c: saved_numbers(c.T, c.B, 9, 100, c.N, c.W, True, 1, c.R, c.Hw, 1, copies_every(c.T))["controller"],
+        _ntm_multiply_adds,
     ),
     "MANN": _Model(
         405, 5, _mann, baselines.eager_mann, lambda net: baselines.eager_mann(net, baselines.no_mann_memory_step), None,
         lambda c: mann_saved_numbers(c.T, c.B, 200, c.N, c.W, 1, c.R, False, c.T)["controller"],
+        _mann_multiply_adds,
     ),
 }  # fmt: skip
 
@@ -145,7 +165,8 @@ def sequence(run: Any) -> None:
                 variants = recurrences(case, [*names, *(["floor"] if count == 1 else [])], run.seed, run.tell_once, kind)
                 saved = _saved(case, variants, kind) if count == 1 else None
                 variants.pop("floor", None)
-                timings = run.time({name: v.both for name, v in variants.items()}, count, 8 if count == 1 else 4)
+                calls = {name: v.both for name, v in variants.items()} | {"least": measure.products(case.T * MODELS[kind].multiply_adds(case))}
+                timings = run.time(calls, count, 8 if count == 1 else 4)
             run.add("sequence", kind, case, "fwd+bwd", count, timings, steps=case.T, saved=saved, memory=case.memory_bytes, gate=case.gate)
     for axis, points in (SCALING_QUICK if run.quick else SCALING).items():
         for case in points:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import memcore
 from memcore.bench import base, baselines, bench_store, cases, measure, rows, runner
@@ -257,6 +258,55 @@ def test_tables_show_the_newest_rows(run, tmp_path):
     assert len([line for line in lines if line.startswith("| ntm_step")]) == 1
     assert lines[0].split(" | ")[3:8] == ["memcore, ms", "eager, ms", "compile, ms", "vs eager", "vs compile"]
     assert "gates met: 1 of 1" in rows.text(rows.newest(rows.read(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "eager, compile, verdict", [(13, 9, "NO"), (11, 9, "NO: below the least"), (13, 4, "NO: below the least"), (24, 10, "yes")]
+)
+def test_a_gate_that_asks_for_less_time_than_the_least_is_told(run, eager, compile, verdict):
+    times = _timings(memcore=2.0, eager=eager, compile=compile, least=1.0)
+    run.add("sequence", "NTM", STEPS["small"], "fwd+bwd", 1, times, gate=Gate(12, 5))
+    head, _, line = rows.markdown(run.rows).splitlines()[:3]
+    assert line.split(" | ")[head.split(" | ").index("least, ms")] == "1e+03"
+    assert line.endswith(f" | 12x eager, 5x compile | {verdict} |")
+
+
+def test_a_search_that_must_be_faster_than_the_least_is_told(run):
+    run.add("knn", "knn_search", "(N=9)", "fwd", 1, _timings(memcore=2.0, eager=9.0, faiss=1.4, least=1.0))
+    run.rows[0].update(gate="1.5x faiss", passed=False)
+    head, _, line = rows.markdown(run.rows).splitlines()[:3]
+    assert head == "| the K nearest keys | of | memcore, ms | eager, ms | faiss, ms | least, ms | vs eager | vs faiss | gate | met |"
+    assert line.endswith(" | 4.5x | 0.7x | 1.5x faiss | NO: below the least |")
+
+
+@pytest.mark.parametrize("count", [512**2, 3 * 512**2, 2500 * 512**2])
+def test_products_are_so_many_multiply_adds(count):
+    with FlopCounterMode(display=False) as counter:
+        measure.products(count)()
+    assert counter.get_total_flops() == 2 * count
+
+
+@pytest.mark.parametrize("kind", ["NTM", "MANN"])
+def test_the_controllers_multiply_adds_are_those_of_pytorch(kind):
+    case = StepCase(3, 2, 2 if kind == "MANN" else 1, 11, 7, 5, Gate())
+    about = sequence_suite.MODELS[kind]
+    made = sequence_suite.recurrences(case, ["floor"], kind=kind)["floor"]
+    with FlopCounterMode(display=False) as counter:
+        made.forward().backward(made.cotangent)
+    first = 3 * (2 * 7 + 200) * 4 * 200 if kind == "MANN" else 0  # which starts from zeros, that need no gradient
+    assert counter.get_total_flops() == 2 * (case.T * about.multiply_adds(replace(case, N=0)) - first)
+
+
+@pytest.mark.parametrize("R, Hw", [(1, 1), (4, 1), (2, 3)])
+def test_the_memorys_multiply_adds_are_the_products_of_eager_pytorch_norms_and_writes(R, Hw):
+    """Norms and part of the writes are no matrix products there."""
+    case, H = StepCase(3, R, Hw, 11, 7, 2, Gate()), R + Hw
+    made = runner.step_variants(case, ["eager"])["eager"]
+    with FlopCounterMode(display=False) as counter:
+        made.both()
+    products = counter.get_total_flops() // (2 * case.T * 3 * 11 * 7)
+    assert products == 3 * (H + R) + (3 * Hw if Hw > 1 else 0)  # similarities and reads, and the sum of several heads' additions
+    assert case.multiply_adds // (3 * 11 * 7) == 3 * (H + R) + 2 + 7 * Hw  # with norms and writes
 
 
 def test_figures_are_drawn_from_the_rows(run, tmp_path):
