@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _cuda
 
-__all__ = ["accumulate", "keeps", "library", "no_autocast", "register", "register_kept", "similar_numbers"]
+__all__ = ["accumulate", "keeps", "library", "no_autocast", "register", "register_keeping", "similar_numbers"]
 
 KEPT_FROM = 1 << 17
 """Numbers of a memory from which on its similarities are kept for a backward: below, handling one more tensor costs more than it saves."""
@@ -291,12 +291,12 @@ def _eager(
 def keeps(memory: Tensor, heads: int, *others: Tensor | None) -> bool:
     """Whether a forward on the CPU should keep the similarities of so many heads for its backward: one is wanted, and they take at most an eighth of
     the memory [B, N, W]."""
-    if memory.dim() != 3 or memory.device.type != "cpu" or not torch.is_grad_enabled():
+    # An exported program is for sizes and devices that are not known yet; whatever it was exported with must not decide.
+    if memory.dim() != 3 or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    if memory.numel() < KEPT_FROM or memory.device.type != "cpu":
         return False
     if not memory.requires_grad and not any(t is not None and t.requires_grad for t in others):
-        return False
-    # An exported program is for sizes and devices that are not known yet; whatever it was exported with must not decide.
-    if torch.compiler.is_exporting() or memory.numel() < KEPT_FROM:
         return False
     size = memory.element_size()
     return 8 * similar_numbers(heads, memory.shape[1]) * max(size, 4) <= memory.shape[1] * memory.shape[2] * size
@@ -307,15 +307,26 @@ def similar_numbers(heads: int, slots: int) -> int:
     return 16 + (heads + 1) * ((slots + 15) // 16 * 16)
 
 
-def register_kept(
+def register_keeping(
     name: str, inputs: str, reference: Callable, fake: Callable, sizes: Callable[..., tuple[Tensor, int]], *, outputs: int = 1, differentiable: Sequence[str]
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """`register` of `memcore::<name>_kept_fwd` and `_bwd`: the same operator, whose forward keeps the similarities and norms of rows as
-    csrc/cpu/kept.h counts them, so that its backward need not read the memory for them. sizes(inputs) -> memory, heads."""
+    """`register`, and again as `memcore::<name>_kept_fwd` and `_bwd`: the same operator, whose forward keeps the similarities and norms of rows as
+    csrc/cpu/kept.h counts them, so that its backward need not read the memory for them. The function returned takes those where it `keeps`.
+
+    Args:
+        sizes: memory and heads of exactly these arguments.
+    """
 
     def shapes(*args):
         memory, heads = sizes(*args)
         numbers = memory.shape[0] * similar_numbers(heads, memory.shape[1])
         return *_tuple(fake(*args)), memory.new_empty(numbers, dtype=torch.float64 if memory.dtype == torch.float64 else torch.float32)
 
-    return register(f"{name}_kept", inputs, reference, shapes, outputs=outputs, saved=1, gpu=False, differentiable=differentiable)
+    plain = register(name, inputs, reference, fake, outputs=outputs, differentiable=differentiable)
+    keeping = register(f"{name}_kept", inputs, reference, shapes, outputs=outputs, saved=1, gpu=False, differentiable=differentiable)
+    n_tensors = sum(a.tensor for a in _parse(inputs))
+
+    def call(*args):
+        return (keeping if keeps(*sizes(*args), *args[:n_tensors]) else plain)(*args)
+
+    return call

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
-from .._op import keeps, register, register_kept
+from .._op import register_keeping
 from . import reference
 
 __all__ = ["content_addressing"]
@@ -20,12 +20,14 @@ def _fake(key, memory, strength, mask, cosine):
     return key.new_empty(key.shape[0], key.shape[1], memory.shape[-2])
 
 
-_INPUTS = "Tensor key, Tensor memory, Tensor? strength, Tensor? mask, bool cosine"
-_DIFFERENTIABLE = ("key", "memory", "strength")
-_fwd = register(_OP, _INPUTS, _reference, _fake, differentiable=_DIFFERENTIABLE)
-_kept = register_kept(
-    _OP, _INPUTS, _reference, _fake, lambda key, memory, *_: (memory, key.shape[1]), differentiable=_DIFFERENTIABLE
-)  # fmt: skip
+_fwd = register_keeping(
+    _OP,
+    "Tensor key, Tensor memory, Tensor? strength, Tensor? mask, bool cosine",
+    _reference,
+    _fake,
+    lambda key, memory, *_: (memory, key.shape[1]),
+    differentiable=("key", "memory", "strength"),
+)
 
 
 def content_addressing(
@@ -75,6 +77,5 @@ def content_addressing(
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"memcore.{_OP}: 'similarity' must be 'cosine' or 'dot', got {similarity!r}")
     if _backend.takes_kernel(_OP, key.device):
-        run = _kept if keeps(memory, H, key, strength) else _fwd
-        return run(key, memory, strength, mask, similarity == "cosine")
+        return _fwd(key, memory, strength, mask, similarity == "cosine")
     return reference.content_addressing(key, memory, strength, similarity=similarity, mask=mask)

@@ -3,24 +3,27 @@
 from torch import Tensor
 
 from ... import _backend, _checks
-from .._op import keeps, register, register_kept
+from .._op import register_keeping
 from . import reference
 
 __all__ = ["ntm_addressing"]
 
 _OP = "ntm_addressing"
 _DIFFERENTIABLE = ("key", "memory", "strength", "gate", "shift", "gamma", "previous")
-_INPUTS = ", ".join(f"Tensor {name}" for name in _DIFFERENTIABLE)
 
 
 def _fake(key, memory, strength, gate, shift, gamma, previous):
     return previous.new_empty(previous.shape)
 
 
-_fwd = register(_OP, _INPUTS, reference.ntm_addressing, _fake, differentiable=_DIFFERENTIABLE)
-_kept = register_kept(
-    _OP, _INPUTS, reference.ntm_addressing, _fake, lambda key, memory, *_: (memory, key.shape[1]), differentiable=_DIFFERENTIABLE
-)  # fmt: skip
+_fwd = register_keeping(
+    _OP,
+    ", ".join(f"Tensor {name}" for name in _DIFFERENTIABLE),
+    reference.ntm_addressing,
+    _fake,
+    lambda key, memory, *_: (memory, key.shape[1]),
+    differentiable=_DIFFERENTIABLE,
+)
 
 
 def ntm_addressing(
@@ -66,5 +69,5 @@ def ntm_addressing(
     _checks.odd(_OP, "shift", shift)
     _checks.shape(_OP, "previous", previous, "B, H, N", (B, H, N), "memory", memory.shape)
     if _backend.takes_kernel(_OP, key.device):
-        return (_kept if keeps(memory, H, *args) else _fwd)(*args)
+        return _fwd(*args)
     return reference.ntm_addressing(*args)

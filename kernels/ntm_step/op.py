@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ... import _backend, _checks
-from .._op import keeps, register, register_kept
+from .._op import register_keeping
 from ..split_interface.op import check_heads
 from . import reference
 from .reference import NTMStep
@@ -31,12 +31,15 @@ def _fake(memory, interface, previous, read_heads, write_heads, shift_range, wri
     return memory.new_empty(memory.shape), memory.new_empty(B, read_heads, W), previous.new_empty(previous.shape)
 
 
-_INPUTS = "Tensor memory, Tensor interface, Tensor previous, int read_heads, int write_heads, int shift_range, bool write_first"
-_DIFFERENTIABLE = ("memory", "interface", "previous")
-_fwd = register(_OP, _INPUTS, _reference, _fake, outputs=3, differentiable=_DIFFERENTIABLE)
-_kept = register_kept(
-    _OP, _INPUTS, _reference, _fake, lambda memory, _, previous, *__: (memory, previous.shape[1]), outputs=3, differentiable=_DIFFERENTIABLE
-)  # fmt: skip
+_fwd = register_keeping(
+    _OP,
+    "Tensor memory, Tensor interface, Tensor previous, int read_heads, int write_heads, int shift_range, bool write_first",
+    _reference,
+    _fake,
+    lambda memory, _, previous, *__: (memory, previous.shape[1]),
+    outputs=3,
+    differentiable=("memory", "interface", "previous"),
+)
 
 
 def ntm_step(
@@ -81,8 +84,7 @@ def ntm_step(
     if order not in _ORDERS:
         raise ValueError(f"memcore.{_OP}: 'order' must be 'write_read' or 'read_write', got {order!r}")
     if _backend.takes_kernel(_OP, memory.device):
-        run = _kept if keeps(memory, H, interface, previous) else _fwd
-        return NTMStep(*run(memory, interface, previous, read_heads, write_heads, shift_range, order == _ORDERS[0]))
+        return NTMStep(*_fwd(memory, interface, previous, read_heads, write_heads, shift_range, order == _ORDERS[0]))
     return reference.ntm_step(
         memory,
         interface,

@@ -1,7 +1,6 @@
 """What forwards on the CPU keep of the addressing for their backwards (csrc/cpu/kept.h): when, how much, and that it changes nothing."""
 
 import itertools
-from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import memcore
 from cases import CASES, as_tuple, assert_close
 from contract import DIFFERENTIABLE, bound, cotangents, each_dtype, expected, run, track
 from memcore.bench import measure
+from memcore.kernels import _op
 from memcore.kernels._op import KEPT_FROM, keeps, similar_numbers
 from paths import PATHS, use_path
 from test_contract_dispatch import ALL_CHECKS, leaf, raw_calls
@@ -23,9 +23,7 @@ FIRSTS = [next(p for p in SAMPLES if p.values[0].name == name) for name in OPERA
 
 def keep(monkeypatch, always: bool) -> None:
     """Whatever the sizes are, except for a memory that the batch shares."""
-    for name in OPERATORS:
-        op = import_module(f"memcore.kernels.{name}.op")
-        monkeypatch.setattr(op, "keeps", lambda memory, *_: always and memory.dim() == 3 and torch.is_grad_enabled())
+    monkeypatch.setattr(_op, "keeps", lambda memory, *_: always and memory.dim() == 3 and torch.is_grad_enabled())
 
 
 def names(calls) -> list[str]:

@@ -23,7 +23,7 @@ LONG = {
 
 def plan():
     """On sm_80 every sample in float32, and one in each narrow type; of Triton's composed operators, which take it seconds to compile, every third
-    sample in float32. The rest, sm_90 and long samples are slow."""
+    sample in float32, of nvcc's, whose sources run all of them in test_cuda_contract, every second. The rest, sm_90 and long samples are slow."""
     for backend in BACKENDS:
         for p in PAIRS:
             case, sample = p.values
@@ -34,7 +34,8 @@ def plan():
                 for arch in (80, 90):
                     composed = backend == "triton" and case.name in COMPOSED
                     narrow = at == (2 if dtype == "bfloat16" else 3) and not composed
-                    usual = arch == 80 and (dtype == "float32" and not (composed and at % 3) or narrow)
+                    stride = 3 if composed else 2 if backend == "cuda" else 1
+                    usual = arch == 80 and (dtype == "float32" and at % stride == 0 or narrow)
                     slow = not usual or sample.sizes.get("N", 0) >= LONG[backend].get(case.name, 1000000)
                     marks = [pytest.mark.slow] if slow else []
                     if missing(backend):
