@@ -30,7 +30,6 @@ __all__ = [
     "held_bytes",
     "interleave",
     "machine",
-    "multiplies_bfloat16",
     "products",
     "release",
     "resident",
@@ -144,19 +143,12 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
     return total
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for bfloat16 products, which are faster than those for float32."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text() or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def products(multiply_adds: float, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
-    """A call of so many multiply-adds, as PyTorch matrix products that stay in the caches: what no kernel that needs them can hope to beat."""
+def products(multiply_adds: float) -> Callable[[], object]:
+    """A call of so many float32 multiply-adds as PyTorch's matrix products, of sizes that stay in the caches: how far a kernel is from nothing but
+    arithmetic. No bound: a product of ours may be faster."""
     side, block = 512, 1024
     count = max(1, round(multiply_adds / side**2))
-    a, b, out = (torch.randn(n, side, dtype=dtype) for n in (min(block, count), side, min(block, count)))
+    a, b, out = (torch.randn(n, side) for n in (min(block, count), side, min(block, count)))
     parts = [(a[:n], out[:n]) for n in [block] * (count // block) + [count % block] * (count % block > 0)]
 
     def call() -> None:

@@ -296,7 +296,7 @@ def step(run: Run) -> None:
                 names = [v for v in run.variants if v != "naive" or count == 1]
                 variants = step_variants(case, names, run.seed, run.tell_once)
                 saved = {name: v.saved_bytes() for name, v in variants.items()} if count == 1 else None
-                timed = {name: v.both for name, v in variants.items()} | {"least": measure.products(case.T * case.multiply_adds)}
+                timed = {name: v.both for name, v in variants.items()} | {"products": measure.products(case.T * case.multiply_adds)}
                 timings = run.time(timed, count, 10 if count == 1 else 6)
             run.add(
                 "step", "ntm_step", case, "fwd+bwd", count, timings,
@@ -397,8 +397,8 @@ def train(run: Run) -> None:
                 variants = training_steps(batch_size, wanted, run.seed, run.tell_once)
                 aten = {n: measure.aten_calls(f) for n, f in variants.items() if n != "compile"} if count == 1 else None
                 steps, one = 2 * COPY_LENGTH + 1, StepCase(batch_size, 1, 1, 128, 20, 1, Gate())
-                least = measure.products(steps * MODELS["NTM"].multiply_adds(one))
-                timings = run.time({**variants, "least": least}, count, 8 if count == 1 else 4)
+                products = measure.products(steps * MODELS["NTM"].multiply_adds(one))
+                timings = run.time({**variants, "products": products}, count, 8 if count == 1 else 4)
             shape = f"copy B={batch_size} T={2 * COPY_LENGTH + 1} N=128 W=20 LSTM 100"
             run.add("train", "NTM", shape, "train step", count, timings, aten=aten, gate=TRAIN_GATES.get(batch_size))
 

@@ -165,7 +165,7 @@ def sequence(run: Any) -> None:
                 variants = recurrences(case, [*names, *(["floor"] if count == 1 else [])], run.seed, run.tell_once, kind)
                 saved = _saved(case, variants, kind) if count == 1 else None
                 variants.pop("floor", None)
-                calls = {name: v.both for name, v in variants.items()} | {"least": measure.products(case.T * MODELS[kind].multiply_adds(case))}
+                calls = {name: v.both for name, v in variants.items()} | {"products": measure.products(case.T * MODELS[kind].multiply_adds(case))}
                 timings = run.time(calls, count, 8 if count == 1 else 4)
             run.add("sequence", kind, case, "fwd+bwd", count, timings, steps=case.T, saved=saved, memory=case.memory_bytes, gate=case.gate)
     for axis, points in (SCALING_QUICK if run.quick else SCALING).items():
