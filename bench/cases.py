@@ -94,7 +94,7 @@ def _lrua(s: Shape, g: torch.Generator) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One operator: inputs, which of them are differentiated, operations of the forward (2 a multiply-add)."""
+    """One operator: inputs, which of them are differentiated, operations of the forward (2 a multiply-add), inputs the backward has no need of."""
 
     op: str
     make: Callable[[Shape, torch.Generator], tuple[Tensor, ...]]
@@ -102,6 +102,7 @@ class Case:
     flops: Callable[[Shape], float]
     options: Mapping[str, Any] = field(default_factory=dict)
     gated: bool = True
+    unread: tuple[int, ...] = ()
 
     def inputs(self, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
         """Fresh inputs; those that are differentiated require grad. The same numbers on every device."""
@@ -168,7 +169,7 @@ CASES = {
             lambda s: 2 * s.B * s.H * s.N * s.W,
         ),
         Case("erase_add_write", _write, (0, 1, 2, 3), lambda s: 5 * s.B * s.H * s.N * s.W),
-        Case("lrua_write", _lrua, (0, 1, 2, 4), lambda s: 2 * s.B * s.H * s.N * s.W),
+        Case("lrua_write", _lrua, (0, 1, 2, 4), lambda s: 2 * s.B * s.H * s.N * s.W, unread=(0,)),
         Case(
             "usage_update",
             lambda s, g: (torch.rand(s.B, s.N, generator=g), _weights((s.B, s.H, s.N), g), _weights((s.B, s.H, s.N), g)),
@@ -176,6 +177,7 @@ CASES = {
             lambda s: 2 * s.B * (s.H + 1) * s.N,
             {"decay": DECAY},
             gated=False,
+            unread=(0, 1, 2),
         ),
         Case("least_used", lambda s, g: (torch.rand(s.B, s.N, generator=g),), (), lambda s: s.B * s.N, {"n": 1}, gated=False),
     )

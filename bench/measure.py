@@ -29,6 +29,7 @@ __all__ = [
     "fresh_compiler",
     "held_bytes",
     "interleave",
+    "least",
     "machine",
     "products",
     "release",
@@ -154,6 +155,35 @@ def products(multiply_adds: float) -> Callable[[], object]:
     def call() -> None:
         for x, y in parts:
             torch.mm(x, b, out=y)
+
+    return call
+
+
+LARGE = 4 << 20  # bytes from which on one call of aten more does not count
+
+
+def least(forward: tuple[int, int], backward: tuple[int, int] | None = None) -> Callable[[], object]:
+    """What no operator can do without, to be timed in the rounds of the operator: one call of aten, with autograd's share if there is a backward, or
+    else, where tensors are large, what is read and written, once each, by the plainest calls there are.
+
+    Args:
+        forward, backward: bytes that they have to read and to write.
+    """
+    source, sink = (torch.ones(max(n) // 4) for n in zip(forward, backward or forward, strict=True))
+    leaf, cotangent = torch.randn(8, requires_grad=True), torch.randn(8)
+    plain = leaf.detach()
+
+    def passes(read: int, written: int) -> list[Callable[[], object]]:
+        return [source[: read // 4].sum] * (read >= LARGE) + [sink[: written // 4].zero_] * (written >= LARGE)
+
+    calls = passes(*forward)
+    if backward:
+        calls += [lambda: torch.autograd.grad(leaf * leaf, leaf, cotangent), *passes(*backward)]
+    calls = calls or [lambda: plain * plain]
+
+    def call() -> None:
+        for f in calls:
+            f()
 
     return call
 

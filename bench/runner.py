@@ -71,7 +71,6 @@ class Run:
         *,
         steps: int = 1,
         bytes: float | None = None,
-        least: int | None = None,
         flops: float | None = None,
         saved: Mapping[str, int] | None = None,
         memory: int | None = None,
@@ -103,7 +102,6 @@ class Run:
                 "max": 1e3 * max(t.samples) / steps,
                 "GB/s": None if bytes is None else bytes / medians[name] / 1e9,
                 "GFLOP/s": None if flops is None else flops / medians[name] / 1e9,
-                "least_bytes": least,
                 "saved_bytes": kept,
                 "saved_memories": None if kept is None or not memory else kept / steps / memory,
                 "aten_calls": (aten or {}).get(name),
@@ -151,7 +149,7 @@ def ops(run: Run) -> None:
             inputs = case.inputs(shape, run.dtype, run.seed)
             outputs = tuples(case.memcore()(*inputs))
             moved, made = _size(inputs), _size(outputs)
-            grads = _size(inputs[i] for i in case.diff)
+            grads, again = _size(inputs[i] for i in case.diff), _size(t for i, t in enumerate(inputs) if i not in case.unread)
             del outputs
             for count in run.threads:
                 with measure.threads(count):
@@ -162,11 +160,11 @@ def ops(run: Run) -> None:
                             saved[name] = measure.saved_bytes(lambda f=f: f(*inputs), inputs)
                     for backward in (False, True) if case.diff else (False,):
                         timed = {n: runnable(case, f, inputs, backward) for n, f in functions.items()}
+                        timed["least"] = measure.least((moved, made), (again + made, grads) if backward else None)
                         timings = run.time(timed, count, 1.0 if count == 1 else 0.5)
                         run.add(
                             "ops", op, shape, "fwd+bwd" if backward else "fwd", count, timings,
-                            bytes=2 * moved + 3 * made + grads if backward else moved + made,
-                            least=2 * (moved + made) + grads if backward else moved + made,
+                            bytes=moved + again + 2 * made + grads if backward else moved + made,
                             flops=case.flops(shape) * (3 if backward else 1),
                             saved=saved if backward else None,
                             gate=case.gate(size, backward),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import memcore
@@ -179,8 +180,8 @@ def test_quick_runs_write_rows_that_read_back(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     found = rows.read(tmp_path)
     assert [(r["op"], r["pass"], r["variant"]) for r in found] == [
-        *(("read", p, v) for p in ("fwd", "fwd+bwd") for v in ("memcore", "eager", "naive")),
-        *(("least_used", "fwd", v) for v in ("memcore", "eager", "naive")),
+        *(("read", p, v) for p in ("fwd", "fwd+bwd") for v in ("memcore", "eager", "naive", "least")),
+        *(("least_used", "fwd", v) for v in ("memcore", "eager", "naive", "least")),
     ]
     for row, full in zip(found, shown, strict=True):
         assert set(row) == set(rows.FIELDS)
@@ -276,12 +277,35 @@ def test_what_the_arithmetic_alone_takes_has_a_column(run):
 
 
 def test_a_gate_below_the_least_is_told(run):
-    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.0, eager=1.9), least=10**9, gate=Gate(2))
+    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.5, eager=1.9, least=1.0), gate=Gate(2))
+    run.add("ops", "read", "t", "fwd", 1, _timings(memcore=1.5, eager=2.1, least=1.0), gate=Gate(2))
+    head, _, below, above = rows.markdown(run.rows).splitlines()[:4]
+    assert below.endswith(" | 2x eager | NO: below the least |") and above.endswith(" | 2x eager | NO |")
+    assert below.split(" | ")[head.split(" | ").index("least, ms")] == "1e+03"
+
+
+def test_older_rows_tell_the_least_in_bytes(run):
+    run.add("ops", "read", "s", "fwd", 1, _timings(memcore=1.0, eager=1.9), gate=Gate(2))
+    run.rows[0]["least_bytes"] = 10**9
     run.add("roofline", "read", "s", "L3", 1, _timings(eager=1.0), bytes=1e9)
     run.add("roofline", "aten call", "(8)", "fwd", 1, _timings(eager=1e-6))
     for row in run.rows:
         row["cpu"] = "a CPU"
     assert rows.markdown(run.rows).splitlines()[2].endswith(" | 2x eager | NO: below the least |")
+
+
+def test_the_least_is_passes_over_large_tensors_or_one_call():
+    def calls(call):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            call()
+        return [e.name for e in seen.events() if e.name in ("aten::sum", "aten::zero_", "aten::mul")]
+
+    mib = 1 << 20
+    assert calls(measure.least((mib, mib))) == ["aten::mul"]
+    assert calls(measure.least((8 * mib, mib))) == ["aten::sum"]
+    assert calls(measure.least((8 * mib, 4 * mib))) == ["aten::sum", "aten::zero_"]
+    both = calls(measure.least((4 * mib, 0), (9 * mib, 5 * mib)))
+    assert [both[0], *both[-2:]] == ["aten::sum", "aten::sum", "aten::zero_"] and set(both[1:-2]) == {"aten::mul"}
 
 
 @pytest.mark.parametrize("count", [512**2, 3 * 512**2, 2500 * 512**2])
