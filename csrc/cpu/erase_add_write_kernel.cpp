@@ -11,6 +11,7 @@ template <class T> void forward(const WriteArgs& a, int64_t begin, int64_t end) 
   const int64_t Np = padded<C>(a.N), Wp = padded<C>(a.W), step = block_rows<C>(a.W);
   C *w, *e, *v, *block;
   Arena arena([&](Arena& x) { x.take(w, a.H * Np), x.take(e, a.H * Wp), x.take(v, a.H * Wp), x.take(block, step * a.W); });
+  const RowSource<T> source(a.B * a.N * a.W);
   const RowSink<T> sink(a.B * a.N * a.W);
   for (int64_t b = begin; b < end; b++) {
     widen_rows(w, (const T*)a.weights + b * a.H * a.N, a.H, a.N, Np);
@@ -18,7 +19,7 @@ template <class T> void forward(const WriteArgs& a, int64_t begin, int64_t end) 
     widen_rows(v, (const T*)a.add + b * a.H * a.W, a.H, a.W, Wp);
     for (int64_t n = 0; n < a.N; n += step) {
       const int64_t rows = a.N - n < step ? a.N - n : step;
-      const C* m = widened((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
+      const C* m = source.take((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
       C* out = sink.place(to, block);
       erase_add(out, a.W, m, a.W, rows, a.W, w + n, Np, a.H, e, v, Wp);

@@ -22,11 +22,12 @@ template <class T> struct Write {
   static constexpr int L = Lanes<C>::n;
 
   const LruaArgs& a;
+  const RowSource<T> source;
   const RowSink<T> sink;
   int64_t Np, Wp, step;
   C *word, *weights, *previous, *dweights, *dword, *block, *next;
 
-  explicit Write(const LruaArgs& args) : a(args), sink(args.B * args.N * args.W), Np(padded<C>(args.N)), Wp(padded<C>(args.W)), step(block_rows<C>(args.W)) {}
+  explicit Write(const LruaArgs& args) : a(args), source(args.B * args.N * args.W), sink(args.B * args.N * args.W), Np(padded<C>(args.N)), Wp(padded<C>(args.W)), step(block_rows<C>(args.W)) {}
   void layout(Arena& arena) {
     arena.take(word, a.H * Wp), arena.take(weights, a.H * Np), arena.take(previous, a.H * Np);
     arena.take(dweights, a.H * Np), arena.take(dword, a.H * Wp), arena.take(block, step * a.W), arena.take(next, step * (a.W > a.H ? a.W : a.H));
@@ -51,7 +52,7 @@ template <class T> struct Write {
     narrow_rows((T*)a.weights + b * a.H * a.N, weights, a.H, a.N, Np);
     for (int64_t n = 0; n < a.N; n += step) {
       const int64_t rows = a.N - n < step ? a.N - n : step;
-      const C* m = widened((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
+      const C* m = source.take((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
       C* out = sink.place(to, next);
       scatter(out, a.W, m, a.W, rows, a.W, weights + n, Np, a.H, word, Wp);
@@ -73,7 +74,7 @@ template <class T> struct Write {
         continue;
       }
       const T* from = (const T*)a.grad_written + (b * a.N + n) * a.W;
-      const C* g = widened(from, rows * a.W, block);
+      const C* g = source.take(from, rows * a.W, block);
       dots(g, a.W, rows, a.W, word, Wp, a.H, next, rows, (C*)nullptr);
       for (int64_t h = 0; h < a.H; h++)
         for (int64_t i = 0; i < rows; i++) dweights[h * Np + n + i] += next[h * rows + i];

@@ -11,12 +11,13 @@ template <class T> void forward(const ReadArgs& a, int64_t begin, int64_t end) {
   const int64_t Np = padded<C>(a.N), Wp = padded<C>(a.W), step = block_rows<C>(a.W);
   C *w, *r, *block;
   Arena arena([&](Arena& x) { x.take(w, a.H * Np), x.take(r, a.H * Wp), x.take(block, step * a.W); });
+  const RowSource<T> source((a.memory_stride == 0 ? 1 : a.B) * a.N * a.W);
   for (int64_t b = begin; b < end; b++) {
     widen_rows(w, (const T*)a.weights + b * a.H * a.N, a.H, a.N, Np);
     fill(r, a.H * Wp, (C)0);
     for (int64_t n = 0; n < a.N; n += step) {
       const int64_t rows = a.N - n < step ? a.N - n : step;
-      gather(widened((const T*)a.memory + b * a.memory_stride + n * a.W, rows * a.W, block), a.W, rows, a.W, w + n, Np, a.H, r, Wp);
+      gather(source.take((const T*)a.memory + b * a.memory_stride + n * a.W, rows * a.W, block), a.W, rows, a.W, w + n, Np, a.H, r, Wp);
     }
     narrow_rows((T*)a.reads + b * a.H * a.W, r, a.H, a.W, Wp);
   }

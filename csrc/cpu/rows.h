@@ -31,6 +31,23 @@ template <class T> MC_INLINE const Acc<T>* widened(const T* rows, int64_t count,
   }
 }
 
+// Where a kernel takes memory rows from, as the accumulation type. What it does with some rows goes over them several times by columns, which a
+// processor does not take for a stream: the rows behind them are asked for meanwhile, if all of them outgrow the caches of a core.
+constexpr int64_t kAskBytes = 1 << 20;
+template <class T> class RowSource {
+ public:
+  typedef Acc<T> C;
+  explicit RowSource(int64_t elements) : ask_(elements * (int64_t)sizeof(T) >= kAskBytes) {}
+
+  MC_INLINE const C* take(const T* rows, int64_t count, C* scratch) const {
+    if (ask_) prefetch<false>(rows + count, count * (int64_t)sizeof(T));
+    return widened(rows, count, scratch);
+  }
+
+ private:
+  bool ask_;
+};
+
 // Where a kernel puts finished memory rows: into the tensor itself; through scratch where storage is narrower; or, for tensors
 // that outgrow the caches, through scratch and past the caches, which saves reading every line before it is written.
 constexpr int64_t kStreamBytes = 4 << 20;
@@ -318,6 +335,8 @@ inline void erase_add(
     C* out, int64_t ldo, const C* m, int64_t ldm, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda) {
   if (H == 1) return scatter_heads<1, true, false>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
   if (H == 2) return scatter_heads<2, true, false>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
+  if (H == 3) return scatter_heads<3, true, false>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
+  if (H == 4) return scatter_heads<4, true, false>(out, ldo, m, ldm, rows, W, c, ldc, e, a, lda);
   // All erasures, then all additions.
   constexpr int L = Lanes<C>::n;
   for (int64_t n = 0; H > 0 && n < rows; n++)

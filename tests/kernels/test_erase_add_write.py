@@ -55,6 +55,20 @@ def test_head_order_does_not_matter():
     torch.testing.assert_close(erase_add_write(memory, weights.flip(1), erase.flip(1), add.flip(1)), out)
 
 
+@pytest.mark.parametrize("H", range(1, 7))
+@pytest.mark.parametrize("N, W", [(7, 3), (63, 20), (16, 64), (9, 41)])
+def test_any_number_of_heads(H, N, W):
+    made = arguments(N=N, W=W, H=H)
+    wanted = reference.erase_add_write(*(t.double() for t in made))
+    torch.testing.assert_close(erase_add_write(*made).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_memory_past_the_caches():
+    made = arguments(B=9, N=519, W=63, H=4)
+    wanted = reference.erase_add_write(*(t.double() for t in made))
+    torch.testing.assert_close(erase_add_write(*made).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_through_an_exact_zero_factor():
     """Where one head erases all, the other factors' gradients must not divide by it."""
     memory, weights, erase, add = arguments(B=1, N=3, W=2, H=3, dtype=torch.float64)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from memcore import reference
 from memcore.functional import least_used, lrua_write
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -50,6 +51,17 @@ def test_the_chosen_slot(usage, slot, dtype):
     assert weights[0, 0].tolist() == [float(i == slot) for i in range(3)]
     assert memory[0].tolist() == [[1.0, 1.0] if i == slot else [5.0, 5.0] for i in range(3)]
     assert least_used(usage, 1).item() == slot
+
+
+def test_a_memory_past_the_caches():
+    made = torch.randn(9, 519, 63), torch.randn(9, 3, 63), torch.randn(9, 3, 519).softmax(-1), torch.rand(9, 519), torch.rand(9, 3)
+    args, wide = ([t.to(dtype).requires_grad_(i != 3) for i, t in enumerate(made)] for dtype in (torch.float32, torch.float64))
+    got, wanted = lrua_write(*args), reference.lrua_write(*wide)
+    grads = [torch.randn_like(y) for y in got]
+    found = torch.autograd.grad(got, [args[i] for i in (0, 1, 2, 4)], grads)
+    right = torch.autograd.grad(wanted, [wide[i] for i in (0, 1, 2, 4)], [g.double() for g in grads])
+    for a, e in zip((*got, *found), (*wanted, *right), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("N", [1, 7, 63, 128, 1000])

@@ -45,6 +45,12 @@ def test_no_slots():
     assert read(torch.zeros(2, 0, 3), torch.zeros(2, 4, 0)).tolist() == torch.zeros(2, 4, 3).tolist()
 
 
+@pytest.mark.parametrize("H", range(1, 7))
+def test_a_memory_past_the_caches(H):
+    memory, w = torch.randn(9, 519, 63), torch.randn(9, H, 519).softmax(-1)
+    torch.testing.assert_close(read(memory, w).double(), w.double() @ memory.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_in_float32(dtype):
     """4096 ones sum to 4096; a half-precision accumulator stops at 256 or 2048."""
