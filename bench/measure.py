@@ -164,7 +164,8 @@ LARGE = 4 << 20  # bytes from which on one call of aten more does not count
 
 def least(forward: tuple[int, int], backward: tuple[int, int] | None = None) -> Callable[[], object]:
     """What no operator can do without, to be timed in the rounds of the operator: one call of aten, with autograd's share if there is a backward, or
-    else, where tensors are large, what is read and written, once each, by the plainest calls there are.
+    else, where tensors are large, what is read and written, once each, by the plainest calls PyTorch has (a kernel that writes past the caches may be
+    a few per cent quicker).
 
     Args:
         forward, backward: bytes that they have to read and to write.
