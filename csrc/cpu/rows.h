@@ -32,7 +32,7 @@ template <class T> MC_INLINE const Acc<T>* widened(const T* rows, int64_t count,
 }
 
 // Where a kernel takes memory rows from, as the accumulation type. What it does with some rows goes over them several times by columns, which a
-// processor does not take for a stream: the rows behind them are asked for meanwhile, if all of them outgrow the caches of a core.
+// processor does not take for a stream: from a megabyte on, too much to be in the caches still, the rows behind them are asked for meanwhile.
 constexpr int64_t kAskBytes = 1 << 20;
 template <class T> class RowSource {
  public:
@@ -40,8 +40,9 @@ template <class T> class RowSource {
   explicit RowSource(int64_t elements) : ask_(elements * (int64_t)sizeof(T) >= kAskBytes) {}
 
   MC_INLINE const C* take(const T* rows, int64_t count, C* scratch) const {
+    const int64_t size = count * (int64_t)sizeof(T), most = size < 2 * kBlockBytes ? size : 2 * kBlockBytes;
     if (ask_)  // not as what is read only once, which some processors keep out of the third cache
-      for (int64_t i = 0; i < count * (int64_t)sizeof(T); i += 64) __builtin_prefetch((const char*)(rows + count) + i, 0, 3);
+      for (int64_t i = 0; i < most; i += 64) __builtin_prefetch((const char*)(rows + count) + i, 0, 3);
     return widened(rows, count, scratch);
   }
 
@@ -221,7 +222,8 @@ inline void gather(const C* m, int64_t ld, int64_t rows, int64_t W, const C* c, 
 
 // ---- scatter and erase_add ----
 
-// Vectors of NC chunks of columns for HB heads stay in registers while the rows go by; of the last chunk only `part` lanes are
+// Vectors of NC chunks of columns for HB heads stay in registers (those of three heads and more that erase, in the first cache where registers are
+// few) while the rows go by; of the last chunk only `part` lanes are
 // there. OWN subtracts own[n] times the row of `self` as well.
 template <int HB, int NC, bool ERASE, bool OWN, bool FULL, class C>
 MC_INLINE void scatter_tile(

@@ -64,7 +64,7 @@ def test_any_number_of_heads(H, N, W):
 
 
 def test_a_memory_past_the_caches():
-    made = arguments(B=9, N=519, W=63, H=4)
+    made = arguments(B=9, N=1903, W=63, H=4)  # written past them, too
     wanted = reference.erase_add_write(*(t.double() for t in made))
     torch.testing.assert_close(erase_add_write(*made).double(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -86,9 +86,9 @@ def test_gradient_through_an_exact_zero_factor():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, W", [(1, 1), (7, 3), (63, 20), (1000, 64)])
-def test_in_place_is_the_same(dtype, N, W):
-    memory, weights, erase, add = arguments(N=N, W=W, dtype=dtype)
+@pytest.mark.parametrize("N, W, H", [(1, 1, 2), (7, 3, 1), (63, 20, 3), (63, 20, 4), (9, 41, 5), (1000, 64, 2)])
+def test_in_place_is_the_same(dtype, N, W, H):
+    memory, weights, erase, add = arguments(N=N, W=W, H=H, dtype=dtype)
     wanted = erase_add_write(memory, weights, erase, add)
     version, place = memory._version, memory.data_ptr()
     assert erase_add_write_(memory, weights, erase, add) is memory

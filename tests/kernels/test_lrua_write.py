@@ -54,7 +54,7 @@ def test_the_chosen_slot(usage, slot, dtype):
 
 
 def test_a_memory_past_the_caches():
-    made = torch.randn(9, 519, 63), torch.randn(9, 3, 63), torch.randn(9, 3, 519).softmax(-1), torch.rand(9, 519), torch.rand(9, 3)
+    made = torch.randn(9, 1903, 63), torch.randn(9, 3, 63), torch.randn(9, 3, 1903).softmax(-1), torch.rand(9, 1903), torch.rand(9, 3)
     args, wide = ([t.to(dtype).requires_grad_(i != 3) for i, t in enumerate(made)] for dtype in (torch.float32, torch.float64))
     got, wanted = lrua_write(*args), reference.lrua_write(*wide)
     grads = [torch.randn_like(y) for y in got]

@@ -47,7 +47,7 @@ def test_no_slots():
 
 @pytest.mark.parametrize("H", range(1, 7))
 def test_a_memory_past_the_caches(H):
-    memory, w = torch.randn(9, 519, 63), torch.randn(9, H, 519).softmax(-1)
+    memory, w = torch.randn(9, 1903, 63), torch.randn(9, H, 1903).softmax(-1)
     torch.testing.assert_close(read(memory, w).double(), w.double() @ memory.double(), rtol=1e-5, atol=1e-6)
 
 
