@@ -296,16 +296,18 @@ def test_older_rows_tell_the_least_in_bytes(run):
 
 def test_the_least_is_passes_over_large_tensors_or_one_call():
     def calls(call):
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             call()
-        return [e.name for e in seen.events() if e.name.startswith("aten::") and e.name not in ("aten::fill_", "aten::detach", "aten::as_strided")]
+        found = [e for e in seen.events() if e.name.startswith("aten::") and e.name not in ("aten::fill_", "aten::detach", "aten::as_strided")]
+        return [(e.name.removeprefix("aten::"), 4 * e.input_shapes[0][0]) for e in found]  # bytes
 
     mib = 1 << 20
-    assert calls(measure.least((mib, mib))) == ["aten::neg"]
-    assert calls(measure.least((mib, mib), (mib, mib))) == ["aten::neg"] * 2
-    assert calls(measure.least((8 * mib, mib))) == ["aten::sum"]
-    assert calls(measure.least((8 * mib, 4 * mib))) == ["aten::sum", "aten::zero_"]
-    assert calls(measure.least((4 * mib, 0), (9 * mib, 5 * mib))) == ["aten::sum", "aten::neg", "aten::neg", "aten::sum", "aten::zero_"]
+    one, read, written = ("neg", 32), lambda n: ("sum", n * mib), lambda n: ("zero_", n * mib // 2)  # of what is written half
+    assert calls(measure.least((mib, mib))) == [one]
+    assert calls(measure.least((mib, mib), (mib, mib))) == [one, one]
+    assert calls(measure.least((8 * mib, mib))) == [read(8)]
+    assert calls(measure.least((8 * mib, 4 * mib))) == [read(8), written(4)]
+    assert calls(measure.least((4 * mib, 0), (9 * mib, 5 * mib))) == [read(4), one, one, read(9), written(5)]
 
 
 @pytest.mark.parametrize("op", [op for op, case in CASES.items() if case.unread])
