@@ -92,14 +92,15 @@ def wrong_kernels(sanitizer: str | None = None) -> Path:
     return link(f"{name}.exe", [compile_object(HERE / "wrong_kernels.cpp", [*CXX_KERNEL, *flags], f"{name}.cpp")], flags)
 
 
-def driver(sanitizer: str) -> Path:
-    """An executable of the kernels under a sanitizer, with the marks of mutants.py, all off; it runs recorded calls (shim_calls.py)."""
+def driver(sanitizer: str, half: bool = False) -> Path:
+    """An executable of the kernels under a sanitizer, with the marks of mutants.py, all off; it runs recorded calls (shim_calls.py), those in
+    float16 only if `half`."""
     import mutants
 
     sources = mutants.marked_sources()[0]
-    flags = SANITIZERS[sanitizer]
+    flags, name = SANITIZERS[sanitizer], f"{sanitizer}-half" if half else sanitizer
     files = [*sorted(p for p in sources.glob("*.cu") if p.name != "runtime.cu"), HERE / "shim_driver.cpp"]
-    compile_ = lambda p: compile_object(p, [*CXX_KERNEL, *flags], f"{sanitizer}.{p.name}", sources.parent)
+    compile_ = lambda p: compile_object(p, [*CXX_KERNEL, *flags, *([] if half else ["-DMC_NO_HALF"])], f"{name}.{p.name}", sources.parent)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compile_, files))
-    return link(f"driver-{sanitizer}", objects, [*flags, "-rdynamic", "-ldl"])
+    return link(f"driver-{name}", objects, [*flags, "-rdynamic", "-ldl"])
