@@ -10,10 +10,11 @@ from .._stdio import quiet_pipe
 
 __all__ = ["main"]
 
-SUITES = ("roofline", "ops", "step", "sequence", "train", "growth", "store", "knn")
+SUITES = ("roofline", "ops", "fresh", "step", "sequence", "train", "growth", "store", "knn")
 EPILOG = """what runs:
   roofline  read bandwidth of L2, L3, DRAM; float32 matrix products; one aten call (half a minute)
   ops       every operator at three sizes, forward and forward + backward
+  fresh     operators on whole memories and ntm_step, mid and large, without telling malloc to keep what is freed; runs by itself
   step      ntm_step chained from Python, forward and backward through time, at three sizes; the cost of a call
   train     a whole training step of an NTM on copy, batch 1, 16, 64, Adam included
   sequence  an NTM over a whole sequence, controller included, at three sizes; its time and saved bytes against B, N, W and T
@@ -76,6 +77,8 @@ def _check(args: argparse.Namespace) -> list[str]:
     for name in suites:
         if name not in known:
             raise ValueError(f"memcore bench: 'SUITE' must be one of {', '.join(known)}, got {name!r}")
+    if "fresh" in suites and set(suites) & set(SUITES) != {"fresh"}:
+        raise ValueError(f"memcore bench: 'fresh' must be the only suite, since it leaves malloc as it is, got {' '.join(suites)}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"memcore bench: '--device' must be cpu, cuda or cuda:N, got {args.device!r}")
     if args.device == "cpu" and "huge" in (args.size or ()):
@@ -139,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=args.seed,
             scale=args.time,
             quick=args.quick,
+            keep_freed="fresh" not in measured,
         )
         keep = not args.no_save and (not args.quick or args.out is not None)
         for suite in measured:

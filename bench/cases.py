@@ -11,7 +11,7 @@ from .. import functional, reference
 from . import baselines
 
 __all__ = [
-    "CASES", "CALLS", "CALL_STEP", "Case", "GROWTH", "Gate", "HELD", "POWER", "SHAPES", "STEPS", "Shape", "StepCase", "TRAIN_GATES",
+    "CASES", "CALLS", "CALL_STEP", "Case", "FRESH", "GROWTH", "Gate", "HELD", "POWER", "SHAPES", "STEPS", "Shape", "StepCase", "TRAIN_GATES",
     "TINY_STEP", "benchmark_op", "check",
 ]  # fmt: skip
 
@@ -182,6 +182,7 @@ CASES = {
         Case("least_used", lambda s, g: (torch.rand(s.B, s.N, generator=g),), (), lambda s: s.B * s.N, {"n": 1}, gated=False),
     )
 }
+FRESH = ("content_addressing", "read", "erase_add_write", "lrua_write")  # whose outputs or gradients are memories
 # H heads of which one writes: what a step of these shapes has to cut.
 CASES["split_interface"] = Case(
     "split_interface",

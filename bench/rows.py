@@ -117,6 +117,7 @@ def _times(x: float | None) -> str:
 
 _HEADS = {
     "ops": "operator, (B,H,N,W)",
+    "fresh": "malloc as it is, (B,H,N,W); `ntm_step` chained, (B,read/write heads,N,W)",
     "step": "`ntm_step` chained, (B,read/write heads,N,W)",
     "sequence": "a sequence (NTM: LSTM controller 100; MANN: 200), (B,read/write heads,N,W), a step",
     "scaling": "NTM over a sequence, LSTM controller 100, (B,read/write heads,N,W), a step",

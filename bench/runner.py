@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .. import backend, functional
 from . import baselines, measure
-from .cases import CALL_STEP, CALLS, CASES, GROWTH, GROWTH_QUICK, HELD, POWER, SHAPES, STEPS, TINY_STEP, TOLERANCE, TRAIN_GATES
+from .cases import CALL_STEP, CALLS, CASES, FRESH, GROWTH, GROWTH_QUICK, HELD, POWER, SHAPES, STEPS, TINY_STEP, TOLERANCE, TRAIN_GATES
 from .cases import Gate, Shape, StepCase, check, close, runnable, tuples
 from .measure import Timing
 from .rows import FIELDS, powers
 from .sequence import MODELS, recurrences, sequence
 
 __all__ = [
-    "Run", "calls", "chain", "growth", "held", "knn", "ops", "roofline", "sequence", "step", "step_variants", "store", "train", "training_steps",
+    "Run", "calls", "chain", "fresh", "growth", "held", "knn", "ops", "roofline", "sequence", "step", "step_variants", "store", "train", "training_steps",
 ]  # fmt: skip
 
 COPY_LENGTH = 20  # 41 time steps
@@ -39,11 +39,13 @@ class Run:
     seed: int = 0
     scale: float = 1.0
     quick: bool = False
+    keep_freed: bool = True
+    """Let malloc keep what is freed, for every variant; else it stays as it is in a user's program."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.about = {**measure.machine(), "allocator": measure.tune_allocator()}
+        self.about = {**measure.machine(), "allocator": measure.tune_allocator() if self.keep_freed else "malloc as it is"}
         torch.manual_seed(self.seed)
         self._told: set[str] = set()
 
@@ -139,10 +141,22 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 def ops(run: Run) -> None:
     """Single operators, forward and forward + backward; compile at one thread."""
-    for op, case in CASES.items():
+    _ops(run, "ops", CASES, run.sizes)
+
+
+def fresh(run: Run) -> None:
+    """Operators whose outputs or gradients are memories, and steps, with malloc as it is in a user's program: large tensors are fresh memory, for whose
+    pages the system takes its time, where nobody keeps what was freed."""
+    _ops(run, "fresh", FRESH, [s for s in run.sizes if s != "small" or run.quick])
+    _steps(run, "fresh", [s for s in run.sizes if s != "small" or run.quick])
+
+
+def _ops(run: Run, suite: str, names: Iterable[str], sizes: Iterable[str]) -> None:
+    for op in names:
+        case = CASES[op]
         if run.only and op not in run.only:
             continue
-        for size in run.sizes:
+        for size in sizes:
             if not case.gated and size == "large":
                 continue
             shape: Shape = SHAPES[size]
@@ -163,11 +177,11 @@ def ops(run: Run) -> None:
                         timed["least"] = measure.least((moved, made), (again + made, grads) if backward else None)
                         timings = run.time(timed, count, 1.0 if count == 1 else 0.5)
                         run.add(
-                            "ops", op, shape, "fwd+bwd" if backward else "fwd", count, timings,
+                            suite, op, shape, "fwd+bwd" if backward else "fwd", count, timings,
                             bytes=moved + again + 2 * made + grads if backward else moved + made,
                             flops=case.flops(shape) * (3 if backward else 1),
                             saved=saved if backward else None,
-                            gate=case.gate(size, backward),
+                            gate=case.gate(size, backward) if suite == "ops" else None,
                             dtype=run.dtype,
                         )  # fmt: skip
 
@@ -285,7 +299,12 @@ def step_variants(
 
 def step(run: Run) -> None:
     """`ntm_step` chained from Python, forward and backward through time; times are of one step."""
-    for size in run.sizes:
+    _steps(run, "step", run.sizes)
+    calls(run)
+
+
+def _steps(run: Run, suite: str, sizes: Iterable[str]) -> None:
+    for size in sizes:
         case = STEPS[size]
         memory = case.memory_bytes
         for count in run.threads:
@@ -297,15 +316,14 @@ def step(run: Run) -> None:
                 timed = {name: v.both for name, v in variants.items()} | {"products": measure.products(case.T * case.multiply_adds)}
                 timings = run.time(timed, count, 10 if count == 1 else 6)
             run.add(
-                "step", "ntm_step", case, "fwd+bwd", count, timings,
+                suite, "ntm_step", case, "fwd+bwd", count, timings,
                 steps=case.T,
                 bytes=5 * memory,  # two passes forward and three backward
                 flops=3 * (memory / 4) * (2 * (case.R + case.Hw + 1) + 5 * case.Hw + 2 * case.R),
                 saved=saved,
                 memory=memory,
-                gate=case.gate,
+                gate=case.gate if suite == "step" else None,
             )  # fmt: skip
-    calls(run)
 
 
 def calls(run: Run) -> None:

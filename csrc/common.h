@@ -13,9 +13,9 @@
 #include <tuple>
 #include <vector>
 
+#include "blocks.h"
 #include "cpu/dtype.h"
 #include "cpu/kept.h"
-#include "pages.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.12
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -52,29 +52,50 @@ inline Tensor dense_or_zero(const OptionalTensor& t, const Tensor& like, std::in
 #endif
 inline std::atomic<bool> allocate_by_aten{MC_ALLOCATE_BY_ATEN};
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+struct Strides {
+  int64_t data[8];
+  explicit Strides(Sizes shape) {
+    if (shape.size() > 8) fail("memcore: tensors of at most 8 dimensions");
+    int64_t step = 1;
+    for (size_t i = shape.size(); i-- > 0; step *= shape[i] > 1 ? shape[i] : 1) data[i] = step;
+  }
+};
+
 // Uninitialised, on `like`'s device and by default of its type. torch::stable::new_empty looks aten's operator up by name at every
 // call, which takes 1.5 us.
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 inline Tensor allocate(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type) {
   if (allocate_by_aten.load(std::memory_order_relaxed)) return torch::stable::new_empty(like, shape, type);
-  int64_t strides[8], step = 1;
-  if (shape.size() > 8) fail("memcore: tensors of at most 8 dimensions");
-  for (size_t i = shape.size(); i-- > 0; step *= shape[i] > 1 ? shape[i] : 1) strides[i] = step;
+  const Strides strides(shape);
   int32_t dtype, device, index;
   if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
   else STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides, dtype, device, index, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides.data, dtype, device, index, &made));
   return Tensor(made);
 }
+// A tensor in a block, which is given back with the last reference to it.
+inline Tensor over(void* block, int64_t bytes, Sizes shape, torch::headeronly::ScalarType type) {
+  const auto free = [](void* block, void* bytes) { give_block(block, (int64_t)(intptr_t)bytes); };
+  const Strides strides(shape);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      block, (int64_t)shape.size(), shape.data(), strides.data, 0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), -1, &made, aoti_torch_layout_strided(), nullptr, 0, free, (void*)(intptr_t)bytes));
+  return Tensor(made);
+}
+inline int64_t width_of(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  return type == ScalarType::Double || type == ScalarType::Long ? 8 : type == ScalarType::Float ? 4 : 2;
+}
 inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
-  constexpr int64_t kLarge = 4 << 20;
-  const Tensor tensor = allocate(like, shape, type);
-  const int64_t bytes = tensor.numel() * (int64_t)tensor.element_size();
-  if (bytes >= kLarge && tensor.is_cpu()) ask_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
+  int64_t bytes = type ? width_of(*type) : (int64_t)like.element_size();
+  for (int64_t n : shape) bytes *= n;
+  if (bytes >= kBlock && like.is_cpu() && !allocate_by_aten.load(std::memory_order_relaxed))
+    if (void* block = take_block(bytes)) return over(block, bytes, shape, type ? *type : like.scalar_type());
+  return allocate(like, shape, type);
 }
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) { return make(like, Sizes(shape.begin(), shape.size())); }
 inline Tensor make_like(const Tensor& t) { return make(t, t.sizes()); }

@@ -9,12 +9,12 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout keeps `kernel
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import functional, reference
-from ._backend import backend
+from ._backend import backend, empty_cache
 
 _models = ("LSTMBaseline", "LSTMState", "MANN", "MANNCell", "MANNState", "NEC", "NTM", "NTMCell", "NTMState", "QNetwork")
 _stores = ("DND",)
 _modules = ("data", "models", "rl", "stores", "tasks", "train")
-__all__ = ["backend", "functional", "reference", *_models, *_stores, *_modules]
+__all__ = ["backend", "empty_cache", "functional", "reference", *_models, *_stores, *_modules]
 
 
 def __getattr__(name: str):

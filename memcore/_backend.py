@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["GPU_TABLE", "Call", "backend", "describe", "gives_up", "gpu_order", "rows_order", "takes_kernel", "takes_native"]
+__all__ = ["GPU_TABLE", "Call", "backend", "describe", "empty_cache", "gives_up", "gpu_order", "rows_order", "takes_kernel", "takes_native"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 _log = logging.getLogger("memcore")
@@ -276,6 +276,17 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+def empty_cache() -> int:
+    """Give memory that nothing uses back to the system; returns how many bytes it was.
+
+    On Linux, CPU tensors of 1 MiB and more that operators return, and their scratch, come from blocks that are kept when the last reference goes, at most
+    MEMCORE_CACHE_MB MiB of them (default 512, or a sixteenth of the machine's memory if that is less; 0: none), the longest kept leave first. A fresh
+    block would cost the system a page fault and a pass of zeros for every page. Like those of `torch.from_numpy`, such tensors cannot be resized to
+    more than they hold.
+    """
+    return 0 if native is None else torch.ops.memcore._drop_blocks()
+
+
 def _transformed() -> bool:
     """Inside torch.func transforms or forward-mode AD, where registered kernels have no rule (private names, kept here)."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -355,6 +366,7 @@ def describe() -> dict:
         "operators": sorted(_native_cpu),
         "cpu_isa": None,
         "cpu_isa_available": [],
+        "cache": {"bytes": 0, "limit": 0},
         "gpu": {
             "native": {"missing": _missing["native"], "operators": sorted(_native_gpu)},
             "triton": {"missing": _missing["triton"], "operators": sorted(_triton_files), "version": triton},
@@ -364,4 +376,5 @@ def describe() -> dict:
     if native is not None:
         info["cpu_isa"] = torch.ops.memcore._cpu_isa()
         info["cpu_isa_available"] = torch.ops.memcore._cpu_isas().split(",")
+        info["cache"] = {"bytes": torch.ops.memcore._kept_blocks(), "limit": torch.ops.memcore._block_limit()}
     return info

@@ -28,7 +28,7 @@ OPTIONAL = {  # module -> (distribution, what it is for)
     "faiss": ("faiss-cpu", "approximate searchers of memcore.DND, comparisons of nearest-neighbour search"),
 }
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cu13")  # distributions that all install a module named faiss
-SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_CPU_ISA", "MEMCORE_DATA", "MEMCORE_BUILD_NATIVE", "MEMCORE_NTM_STEP", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_CPU_ISA", "MEMCORE_CACHE_MB", "MEMCORE_DATA", "MEMCORE_BUILD_NATIVE", "MEMCORE_NTM_STEP", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
 def _optional() -> dict[str, dict[str, str | None]]:
@@ -187,6 +187,7 @@ def text(report: dict[str, Any]) -> str:
     ]
     if b["native"]:
         lines.append(f"native library: loaded, {b['cpu_isa']} of {', '.join(b['cpu_isa_available'])} (MEMCORE_CPU_ISA chooses)")
+        lines.append(f"freed CPU memory kept for reuse: up to {b['cache']['limit'] >> 20} MiB (MEMCORE_CACHE_MB)")
     else:
         lines.append(f"native library: missing: {b['native_missing']}")
     lines.append(f"slot table of memcore.DND: {report['slot_table']}")

@@ -434,6 +434,16 @@ def test_quick_growth_judges_nothing(monkeypatch, tmp_path, capsys):
     assert "fwd+bwd, 200 calls" in capsys.readouterr().out
 
 
+def test_fresh_leaves_malloc_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "tune_allocator", lambda: pytest.fail("malloc was told to keep memory"))
+    monkeypatch.setattr(runner, "STEPS", {"small": cases.TINY_STEP})
+    assert main(["fresh", "--quick", "--no-compile", "--no-naive", "--op", "read", "--threads", "1", "--out", str(tmp_path)]) == 0
+    found = rows.read(tmp_path)
+    assert {(r["suite"], r["op"], r["pass"]) for r in found} == {("fresh", "read", "fwd"), ("fresh", "read", "fwd+bwd"), ("fresh", "ntm_step", "fwd+bwd")}
+    assert {(r["allocator"], r["gate"]) for r in found} == {("malloc as it is", None)}
+    assert "| malloc as it is, (B,H,N,W)" in rows.markdown(found)
+
+
 needs_proc = pytest.mark.skipif(measure.resident() is None, reason="needs /proc")
 
 
@@ -506,7 +516,8 @@ def test_foreign_columns_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["speed"], "'SUITE' must be one of roofline, ops, step, sequence, train, growth, store, knn, table, plot, got 'speed'"),
+        (["speed"], "'SUITE' must be one of roofline, ops, fresh, step, sequence, train, growth, store, knn, table, plot, got 'speed'"),
+        (["fresh", "ops"], "'fresh' must be the only suite, since it leaves malloc as it is, got fresh ops"),
         (["ops", "--device", "xpu"], "'--device' must be cpu, .*, got 'xpu'"),
         (["ops", "--threads", "0"], "'--threads' must be numbers >= 1"),
         (["ops", "--time", "0"], "'--time' must be > 0, got 0"),

@@ -16,7 +16,7 @@ import memcore
 from memcore import _backend
 
 ROOT = Path(__file__).resolve().parents[1]
-SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_BUILD_NATIVE", "MEMCORE_CPU_ISA", "MEMCORE_SANITIZE", "CXX", "CXXFLAGS", "PYTHONPATH")
+SWITCHES = ("MEMCORE_BACKEND", "MEMCORE_BUILD_NATIVE", "MEMCORE_CACHE_MB", "MEMCORE_CPU_ISA", "MEMCORE_SANITIZE", "CXX", "CXXFLAGS", "PYTHONPATH")
 needs_native = pytest.mark.skipif(_backend.native is None, reason="native library not built")
 
 

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "blocks.h"
 #include "kept.h"
 #include "rows.h"
 
@@ -15,12 +16,18 @@ class Arena {
  public:
   template <class F> explicit Arena(F layout) {
     layout(*this);
-    base_ = (char*)std::aligned_alloc(64, (size_t)round_up(used_ > 0 ? used_ : 1, 64));
+    size_ = round_up(used_ > 0 ? used_ : 1, 64);
+    if (size_ >= kBlock) base_ = (char*)take_block(size_);
+    block_ = base_ != nullptr;
+    if (!block_) base_ = (char*)std::aligned_alloc(64, (size_t)size_);
     if (!base_) std::abort();
     used_ = 0;
     layout(*this);
   }
-  ~Arena() { std::free(base_); }
+  ~Arena() {
+    if (block_) give_block(base_, size_);
+    else std::free(base_);
+  }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   template <class C> void take(C*& p, int64_t n) {
@@ -30,7 +37,8 @@ class Arena {
 
  private:
   char* base_ = nullptr;
-  int64_t used_ = 0;
+  int64_t used_ = 0, size_ = 0;
+  bool block_ = false;
 };
 
 template <class C> MC_INLINE void fill(C* p, int64_t n, C x) {

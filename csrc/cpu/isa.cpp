@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "common.h"
+#include "pages.h"
 
 #ifdef MC_HAS_AVX2
 #include <cpuid.h>
@@ -50,6 +51,7 @@ int parse(const std::string& name, const char* source) {
 int isa() {
   int level = current.load(std::memory_order_relaxed);
   if (level == kUnset) {
+    limit_blocks_by_environment();
     const char* asked = std::getenv("MEMCORE_CPU_ISA");
     level = parse(asked && *asked ? asked : "auto", "MEMCORE_CPU_ISA");
     current.store(level, std::memory_order_relaxed);
@@ -83,6 +85,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
   m.def("_set_cpu_isa(str name) -> str");
   m.def("_set_allocate_by_aten(bool wanted) -> bool");
   m.def("_ask_huge_pages(Tensor t) -> ()");
+  m.def("_limit_blocks(int bytes) -> int");
+  m.def("_block_limit() -> int");
+  m.def("_kept_blocks() -> int");
+  m.def("_drop_blocks() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) { m.impl("_ask_huge_pages", TORCH_BOX(&memcore::ask_huge_pages_of)); }
@@ -92,4 +98,8 @@ STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isas", TORCH_BOX(&memcore::cpu_isas));
   m.impl("_set_cpu_isa", TORCH_BOX(&memcore::set_cpu_isa));
   m.impl("_set_allocate_by_aten", TORCH_BOX(&memcore::set_allocate_by_aten));
+  m.impl("_limit_blocks", TORCH_BOX(&memcore::limit_blocks));
+  m.impl("_block_limit", TORCH_BOX(&memcore::block_limit));
+  m.impl("_kept_blocks", TORCH_BOX(&memcore::kept_blocks));
+  m.impl("_drop_blocks", TORCH_BOX(&memcore::drop_blocks));
 }

@@ -78,7 +78,7 @@ def operators() -> list[str]:
 
 def library() -> Path:
     """A shared library of all kernels with their glue, for CPU tensors."""
-    jobs = [(p, KERNEL) for p in [*kernels(), HERE / "shim_library.cpp"]] + [(p, GLUE) for p in sorted(CUDA.glob("*.cpp"))]
+    jobs = [(p, KERNEL) for p in [*kernels(), HERE / "shim_library.cpp"]] + [(p, GLUE) for p in [*sorted(CUDA.glob("*.cpp")), ROOT / "csrc" / "blocks.cpp"]]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
     torch_lib = Path(torch.__file__).parent / "lib"
