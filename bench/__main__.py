@@ -79,6 +79,8 @@ def _check(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"memcore bench: 'SUITE' must be one of {', '.join(known)}, got {name!r}")
     if "fresh" in suites and set(suites) & set(SUITES) != {"fresh"}:
         raise ValueError(f"memcore bench: 'fresh' must be the only suite, since it leaves malloc as it is, got {' '.join(suites)}")
+    if "fresh" in suites and args.size and not {"mid", "large"} & set(args.size) and not args.quick:
+        raise ValueError(f"memcore bench: '--size' must be mid or large for 'fresh', got {' '.join(args.size)}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"memcore bench: '--device' must be cpu, cuda or cuda:N, got {args.device!r}")
     if args.device == "cpu" and "huge" in (args.size or ()):

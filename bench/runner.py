@@ -145,8 +145,8 @@ def ops(run: Run) -> None:
 
 
 def fresh(run: Run) -> None:
-    """Operators whose outputs or gradients are memories, and steps, with malloc as it is in a user's program: large tensors are fresh memory, for whose
-    pages the system takes its time, where nobody keeps what was freed."""
+    """Operators whose outputs or gradients are memories, and steps, with malloc as it is in a user's program: where nobody keeps what was freed, large
+    tensors are fresh memory, for whose pages the system takes its time."""
     _ops(run, "fresh", FRESH, [s for s in run.sizes if s != "small" or run.quick])
     _steps(run, "fresh", [s for s in run.sizes if s != "small" or run.quick])
 

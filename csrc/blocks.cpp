@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <fstream>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -43,7 +43,15 @@ int64_t stepped(int64_t bytes) {
 }
 
 #if defined(__linux__)
-int64_t physical() { return (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE); }
+// Bytes of memory that there are for this process: the machine's, or its control group's if that is less.
+int64_t memory_there() {
+  int64_t least = std::max<int64_t>(0, (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE));
+  for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    int64_t limit;
+    if (std::ifstream(path) >> limit && limit > 0) least = std::min(least, limit);  // else there is none, or it is "max"
+  }
+  return least;
+}
 
 void* map(int64_t size) {
   const bool huge = size >= (int64_t)kHugePage;
@@ -53,23 +61,36 @@ void* map(int64_t size) {
   if (!huge) return p;
   const uintptr_t from = (uintptr_t)p, at = (from + kHugePage - 1) / kHugePage * kHugePage, end = at + (uintptr_t)size;
   if (at > from) munmap(p, at - from);
-  if (from + room > end) munmap((void*)end, from + room - end);
+  munmap((void*)end, from + room - end);
   ask_huge_pages((void*)at, size);
   return (void*)at;
 }
 void unmap(void* p, int64_t size) { munmap(p, (size_t)size); }
 #else
-int64_t physical() { return 0; }
+int64_t memory_there() { return 0; }
 void* map(int64_t) { return nullptr; }
 void unmap(void*, int64_t) {}
 #endif
 
 class Blocks {
  public:
-  explicit Blocks(int64_t most) : most_(most) { kept_.reserve(kMostBlocks); }
+  Blocks() {
+    kept_.reserve(kMostBlocks);
+    most_ = std::min(kMostByDefault, memory_there() / 16);
+    const char* asked = std::getenv("MEMCORE_CACHE_MB");
+    if (!asked || !*asked) return;
+    char* end;
+    errno = 0;
+    const long long mib = std::strtoll(asked, &end, 10);
+    if (*end || errno || mib < 0 || mib > (INT64_MAX >> 20))
+      wrong_ = "memcore: MEMCORE_CACHE_MB must be a whole number of MiB, 0 or more, got '" + std::string(asked) + "'";
+    else most_ = mib << 20;
+  }
 
-  void* take(int64_t size) {
+  // A kept block, or null; `wanted` says whether there is to be one at all.
+  void* take(int64_t size, bool& wanted) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    wanted = most_ > 0;
     for (size_t i = kept_.size(); i-- > 0;)  // the last one given: its lines may be in the caches still
       if (kept_[i].size == size) {
         void* p = kept_[i].p;
@@ -103,7 +124,18 @@ class Blocks {
     const std::lock_guard<std::mutex> lock(mutex_);
     return bytes_;
   }
-  int64_t most() const { return most_; }
+  int64_t most() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return most_;
+  }
+  const std::string& wrong() const { return wrong_; }
+
+  // Around fork(): no other thread is half way through a change, and the child lets go of what would otherwise be in both processes.
+  void before_fork() { mutex_.lock(); }
+  void after_fork(bool child) {
+    if (child) shrink(0, 0);
+    mutex_.unlock();
+  }
 
  private:
   struct Kept {
@@ -122,20 +154,19 @@ class Blocks {
   std::mutex mutex_;
   std::vector<Kept> kept_;  // the longest kept first
   int64_t bytes_ = 0, most_;
+  std::string wrong_;
 };
 
-Blocks* current = nullptr;  // never destroyed: tensors may live longer than statics
-
 Blocks& blocks() {
-  static const bool made = [] {
-    current = new Blocks(std::min(kMostByDefault, physical() / 16));
+  static Blocks& all = [] () -> Blocks& {
+    Blocks& made = *new Blocks;  // never destroyed: tensors may live longer than statics
 #if defined(__linux__)
-    pthread_atfork(nullptr, nullptr, [] { current = new Blocks(current->most()); });  // another thread of the parent's may have held the lock
+    static Blocks* forked = &made;
+    pthread_atfork([] { forked->before_fork(); }, [] { forked->after_fork(false); }, [] { forked->after_fork(true); });
 #endif
-    return true;
+    return made;
   }();
-  (void)made;
-  return *current;
+  return all;
 }
 
 }  // namespace
@@ -143,30 +174,21 @@ Blocks& blocks() {
 void* take_block(int64_t bytes) noexcept {
   if (!kBlocks) return nullptr;
   const int64_t size = stepped(bytes);
-  void* p = blocks().take(size);
-  return p ? p : map(size);
+  bool wanted;
+  void* p = blocks().take(size, wanted);
+  if (p || !wanted) return p;
+  p = map(size);
+  return !p && blocks().drop() > 0 ? map(size) : p;  // what is kept must not be what is missing
 }
 void give_block(void* block, int64_t bytes) noexcept {
   const int64_t size = stepped(bytes);
   if (!blocks().give(block, size)) unmap(block, size);
 }
 
-int64_t limit_blocks(int64_t bytes) {
-  if (bytes < 0) throw std::runtime_error("memcore: a limit must be 0 bytes or more, got " + std::to_string(bytes));
-  return blocks().limit(bytes);
-}
+int64_t limit_blocks(int64_t bytes) { return blocks().limit(std::max<int64_t>(0, bytes)); }
 int64_t block_limit() { return kBlocks ? blocks().most() : 0; }
 int64_t drop_blocks() { return blocks().drop(); }
 int64_t kept_blocks() { return blocks().bytes(); }
-void limit_blocks_by_environment() {
-  const char* asked = std::getenv("MEMCORE_CACHE_MB");
-  if (!asked || !*asked) return;
-  char* end;
-  errno = 0;
-  const long long mib = std::strtoll(asked, &end, 10);
-  if (*end || errno || mib < 0 || mib > (INT64_MAX >> 20))
-    throw std::runtime_error("memcore: MEMCORE_CACHE_MB must be a whole number of MiB, 0 or more, got '" + std::string(asked) + "'");
-  limit_blocks(mib << 20);
-}
+const std::string& wrong_block_limit() { return blocks().wrong(); }
 
 }  // namespace memcore

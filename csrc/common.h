@@ -76,10 +76,10 @@ inline Tensor allocate(const Tensor& like, Sizes shape, std::optional<torch::hea
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides.data, dtype, device, index, &made));
   return Tensor(made);
 }
-// A tensor in a block, which is given back with the last reference to it.
-inline Tensor over(void* block, int64_t bytes, Sizes shape, torch::headeronly::ScalarType type) {
+// A tensor in a block, which is given back with the last reference to it. (Of what torch_from_blob can object to nothing is left; who owned the block
+// then, it would not say.)
+inline Tensor over(void* block, int64_t bytes, Sizes shape, const Strides& strides, torch::headeronly::ScalarType type) {
   const auto free = [](void* block, void* bytes) { give_block(block, (int64_t)(intptr_t)bytes); };
-  const Strides strides(shape);
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
       block, (int64_t)shape.size(), shape.data(), strides.data, 0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
@@ -88,13 +88,23 @@ inline Tensor over(void* block, int64_t bytes, Sizes shape, torch::headeronly::S
 }
 inline int64_t width_of(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
-  return type == ScalarType::Double || type == ScalarType::Long ? 8 : type == ScalarType::Float ? 4 : 2;
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    default: fail("memcore: kernels make tensors of float64, float32, bfloat16, float16 and int64");
+  }
 }
 inline Tensor make(const Tensor& like, Sizes shape, std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
   int64_t bytes = type ? width_of(*type) : (int64_t)like.element_size();
-  for (int64_t n : shape) bytes *= n;
-  if (bytes >= kBlock && like.is_cpu() && !allocate_by_aten.load(std::memory_order_relaxed))
-    if (void* block = take_block(bytes)) return over(block, bytes, shape, type ? *type : like.scalar_type());
+  bool counted = true;
+  for (int64_t n : shape) counted &= !__builtin_mul_overflow(bytes, n, &bytes);
+  if (counted && bytes >= kBlock && like.is_cpu() && !allocate_by_aten.load(std::memory_order_relaxed)) {
+    const Strides strides(shape);
+    if (void* block = take_block(bytes)) return over(block, bytes, shape, strides, type ? *type : like.scalar_type());
+  }
   return allocate(like, shape, type);
 }
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) { return make(like, Sizes(shape.begin(), shape.size())); }

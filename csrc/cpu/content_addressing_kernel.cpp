@@ -82,9 +82,7 @@ template <class T> void backward(const ContentArgs& a, int64_t begin, int64_t en
         continue;
       }
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
-      C* dm = sink.place(to, e.drows);
-      similarity_rows<T>(e.s, m, n, rows, nullptr, dm, e.dweights, e.own, e.dkey);
-      sink.finish(to, dm, rows * a.W);
+      similarity_rows_to<T>(sink, to, e.s, m, n, rows, nullptr, e.dweights, e.own, e.dkey, e.drows);
     }
     for (int64_t h = 0; h < a.H; h++)
       for (int64_t w = 0; w < a.W; w++) e.dkey[h * Wp + w] -= e.key_own[h] * e.s.key[h * Wp + w];

@@ -21,6 +21,11 @@ template <class T> void forward(const WriteArgs& a, int64_t begin, int64_t end) 
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = source.take((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
+      if constexpr (__is_same(T, C))
+        if (a.H > 0 && a.H <= kFewHeads && sink.streams(to, a.W)) {
+          erase_add_stream(to, m, rows, a.W, w + n, Np, a.H, e, v, Wp);
+          continue;
+        }
       C* out = sink.place(to, block);
       erase_add(out, a.W, m, a.W, rows, a.W, w + n, Np, a.H, e, v, Wp);
       sink.finish(to, out, rows * a.W);
@@ -48,6 +53,11 @@ template <class T> void backward(const WriteArgs& a, int64_t begin, int64_t end)
       const C* m = widened((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       const C* g = widened((const T*)a.grad + (b * a.N + n) * a.W, rows * a.W, grad);
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
+      if constexpr (__is_same(T, C))
+        if (a.H > 0 && a.H <= kFewHeads && sink.streams(to, a.W)) {
+          erase_add_backward_few<true>(to, g, m, rows, a.W, w + n, Np, a.H, e, v, Wp, dw + n, Np, de, dv);
+          continue;
+        }
       C* dm = sink.place(to, grad);
       if (a.H == 0) scatter(dm, a.W, g, a.W, rows, a.W, w, Np, 0, v, Wp);
       else erase_add_backward(dm, g, m, rows, a.W, w + n, Np, a.H, e, v, Wp, dw + n, Np, de, dv, scratch);

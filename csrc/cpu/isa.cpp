@@ -51,7 +51,7 @@ int parse(const std::string& name, const char* source) {
 int isa() {
   int level = current.load(std::memory_order_relaxed);
   if (level == kUnset) {
-    limit_blocks_by_environment();
+    if (!wrong_block_limit().empty()) fail(wrong_block_limit());
     const char* asked = std::getenv("MEMCORE_CPU_ISA");
     level = parse(asked && *asked ? asked : "auto", "MEMCORE_CPU_ISA");
     current.store(level, std::memory_order_relaxed);

@@ -6,7 +6,7 @@ namespace memcore {
 enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The instruction set in force: the best one of this machine, or what MEMCORE_CPU_ISA or torch.ops.memcore._set_cpu_isa
-// asks for. Costs one relaxed load; throws std::runtime_error at first use when MEMCORE_CPU_ISA cannot be met.
+// asks for. Costs one relaxed load; throws std::runtime_error at first use when MEMCORE_CPU_ISA or MEMCORE_CACHE_MB cannot be met.
 int isa();
 
 }  // namespace memcore

@@ -54,6 +54,16 @@ template <class T> struct Write {
       const int64_t rows = a.N - n < step ? a.N - n : step;
       const C* m = source.take((const T*)a.memory + (b * a.N + n) * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
+      if constexpr (__is_same(T, C))
+        if (a.H > 0 && a.H <= kFewHeads && sink.streams(to, a.W)) {
+          const auto write = [&](int64_t from, int64_t until, bool zero) MC_INLINED {
+            if (from < until) scatter_stream(to + from * a.W, zero ? nullptr : m + from * a.W, until - from, a.W, weights + n + from, Np, a.H, word, Wp);
+          };
+          const int64_t zeroed = a.zero && at >= n && at < n + rows ? at - n : rows;  // whose old row counts as zeros
+          write(0, zeroed, false);
+          if (zeroed < rows) write(zeroed, zeroed + 1, true), write(zeroed + 1, rows, false);
+          continue;
+        }
       C* out = sink.place(to, next);
       scatter(out, a.W, m, a.W, rows, a.W, weights + n, Np, a.H, word, Wp);
       if (a.zero && at >= n && at < n + rows) scatter(out + (at - n) * a.W, a.W, (const C*)nullptr, a.W, 1, a.W, weights + at, Np, a.H, word, Wp);

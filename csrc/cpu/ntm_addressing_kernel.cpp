@@ -55,9 +55,7 @@ template <class T> struct Heads {
       passes.ask_after(a.memory, b, n);
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
-      C* dm = sink.place(to, drows);
-      similarity_rows<T>(s.similar, m, n, rows, nullptr, dm, dw, own, dkey);
-      sink.finish(to, dm, rows * a.W);
+      similarity_rows_to<T>(sink, to, s.similar, m, n, rows, nullptr, dw, own, dkey, drows);
     }
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < a.W; w++) dkey[h * Wp + w] -= key_own[h] * s.similar.key[h * Wp + w];

@@ -60,6 +60,11 @@ template <class T> struct Step {
       passes.ask_next(a.memory, b, n, rows);
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
+      if constexpr (__is_same(T, C))
+        if (fused && sink.streams(to, a.W)) {  // `next` holds sums of kFusedReads heads: a block has as many rows
+          write_read_stream(to, m, rows, a.W, s.weights + a.R * Np + n, p.erase, p.add, s.weights + n, Np, a.R, reads, Wp, next);
+          continue;
+        }
       C* out = sink.place(to, next);
       if (sink.direct() && passes.after(n) >= 0) prefetch<true>(to + (passes.after(n) - n) * a.W, step * a.W * (int64_t)sizeof(T));
       if (fused) {
@@ -135,11 +140,9 @@ template <class T> struct Step {
     for (int64_t i = 0; i < a.N; i += step) {
       const int64_t n = passes.third(i), rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
-      C* dm = sink.place(dmemory + n * a.W, next);
       passes.ask_next(a.memory, b, n, rows);
       if (a.grad_written) passes.ask_next(a.grad_written, b, n, rows);
-      similarity_rows<T>(s.similar, m, n, rows, grown + n * a.W, dm, dw, own, d.key);
-      sink.finish(dmemory + n * a.W, dm, rows * a.W);
+      similarity_rows_to<T>(sink, dmemory + n * a.W, s.similar, m, n, rows, grown + n * a.W, dw, own, d.key, next);
     }
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < a.W; w++) d.key[h * Wp + w] -= key_own[h] * p.key[h * Wp + w];

@@ -40,6 +40,11 @@ template <class T> void backward(const ReadArgs& a, int64_t begin, int64_t end) 
       dots(m, a.W, rows, a.W, g, Wp, a.H, dw + n, Np, (C*)nullptr);
       if (a.memory_stride == 0) continue;
       T* to = (T*)a.dmemory + (b * a.N + n) * a.W;
+      if constexpr (__is_same(T, C))
+        if (a.H > 0 && a.H <= kFewHeads && sink.streams(to, a.W)) {
+          scatter_stream(to, (const C*)nullptr, rows, a.W, w + n, Np, a.H, g, Wp);
+          continue;
+        }
       C* dm = sink.place(to, next);
       scatter(dm, a.W, (const C*)nullptr, a.W, rows, a.W, w + n, Np, a.H, g, Wp);
       sink.finish(to, dm, rows * a.W);

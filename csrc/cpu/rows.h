@@ -7,6 +7,7 @@
 //   erase_add   out[n][w] = m[n][w] prod over h of (1 - c[h][n] e[h][w]) + sum over h of c[h][n] a[h][w]
 //   erase_add_backward
 //   write_read, write_read_backward, pull_push: several of these in one pass
+//   ..._stream  the same for rows that go past the caches
 #pragma once
 
 #include "vec.h"
@@ -50,8 +51,8 @@ template <class T> class RowSource {
   bool ask_;
 };
 
-// Where a kernel puts finished memory rows: into the tensor itself; through scratch where storage is narrower; or, for tensors
-// that outgrow the caches, through scratch and past the caches, which saves reading every line before it is written.
+// Where a kernel puts finished memory rows: into the tensor itself; through scratch where storage is narrower; or, for tensors that outgrow the caches,
+// past them, which saves reading every line before it is written: by itself where it `streams`, else through scratch.
 constexpr int64_t kStreamBytes = 4 << 20;
 template <class T> class RowSink {
  public:
@@ -68,6 +69,10 @@ template <class T> class RowSink {
     if constexpr (__is_same(T, C))
       if (!stream_) return to;
     return scratch;
+  }
+  // Whether a kernel may store rows of W numbers at `to` past the caches itself: whole vectors.
+  MC_INLINE bool streams(const T* to, int64_t W) const {
+    return __is_same(T, C) && stream_ && W % Lanes<C>::n == 0 && (uintptr_t)to % kBytes == 0;
   }
   MC_INLINE void finish(T* to, const C* from, int64_t n) const {
     if constexpr (!__is_same(T, C)) {
@@ -221,6 +226,8 @@ inline void gather(const C* m, int64_t ld, int64_t rows, int64_t W, const C* c, 
 }
 
 // ---- scatter and erase_add ----
+
+constexpr int kFewHeads = 4;  // whose writes one sweep makes
 
 // Vectors of NC chunks of columns for HB heads stay in registers (those of three heads and more that erase, in the first cache where registers are
 // few) while the rows go by; of the last chunk only `part` lanes are
@@ -418,7 +425,7 @@ inline void write_read(
 // Backward of write_read, R rows at a time. dr: gradients of the read vectors, g: of the rows written. With f = 1 - c e and out as above:
 //   dk[h] += dr_h . out        G = g + sum over h of k_h dr_h        dm = G f
 //   dc += sum over w of G (a - e m)        de -= c G m        da += c G
-template <int RH, int R, class C>
+template <int RH, int R, bool STREAM, class C>
 MC_INLINE void write_read_backward_rows(
     C* dm, const C* g, const C* m, int64_t ld, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr,
     int64_t ldr, C* dk, C* dc, C* de, C* da) {
@@ -452,7 +459,7 @@ MC_INLINE void write_read_backward_rows(
   };
   int64_t w = 0;
   for (; w + L <= W; w += L)
-    chunk(w, [](const C* p) { return load(p); }, [](C* p, Vec<C> v) { store(p, v); });
+    chunk(w, [](const C* p) { return load(p); }, [](C* p, Vec<C> v) { STREAM ? stream_store(p, v) : store(p, v); });
   if (w < W) {
     const int part = (int)(W - w);
     chunk(w, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vec<C> v) { store_part(p, v, part); });
@@ -465,17 +472,17 @@ MC_INLINE void write_read_backward_rows(
   }
 }
 
-template <int RH, class C>
+template <int RH, bool STREAM = false, class C>
 MC_INLINE void write_read_backward_heads(
     C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr,
     int64_t ldr, C* dk, C* dc, C* de, C* da) {
   constexpr int R = RH <= 2 ? 4 : 2;
   int64_t n = 0;
   for (; n + R <= rows; n += R)
-    write_read_backward_rows<RH, R>(
+    write_read_backward_rows<RH, R, STREAM>(
         dm + n * W, g + n * W, m + n * W, W, W, c + n, e, a, k + n, ldk, dr, ldr, dk + n, dc + n, de, da);
   for (; n < rows; n++)
-    write_read_backward_rows<RH, 1>(
+    write_read_backward_rows<RH, 1, STREAM>(
         dm + n * W, g + n * W, m + n * W, W, W, c + n, e, a, k + n, ldk, dr, ldr, dk + n, dc + n, de, da);
 }
 
@@ -493,12 +500,58 @@ inline void write_read_backward(
 // Backward of erase_add on a block. With f_h = 1 - c_h e_h, P = prod f_h, q_h = g m prod over h' != h of f_h':
 //   dm = g P        dc[h][n] += sum over w of (a_h g - e_h q_h)        de[h] -= sum over n of c_h q_h        da[h] += sum over n of c_h g
 // dm may be g itself.
-// `scratch` holds (2 H + 1) vectors.
+template <int HB, bool STREAM, class C>
+MC_INLINE void erase_add_backward_heads(
+    C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda, C* dc, int64_t lddc, C* de, C* da) {
+  constexpr int L = Lanes<C>::n;
+  for (int64_t n = 0; n < rows; n++) {
+    Vec<C> x[HB], sums[HB];
+#pragma GCC unroll 4
+    for (int h = 0; h < HB; h++) x[h] = splat(c[h * ldc + n]), sums[h] = Vec<C>{};
+    const auto chunk = [&](int64_t w, auto get, auto put) MC_INLINED {
+      const Vec<C> gv = get(g + n * W + w), q = gv * get(m + n * W + w);
+      Vec<C> ev[HB], f[HB], before[HB], p = splat((C)1), after = p;
+#pragma GCC unroll 4
+      for (int h = 0; h < HB; h++) ev[h] = load(e + h * lda + w), f[h] = 1 - x[h] * ev[h], before[h] = p, p *= f[h];
+      put(dm + n * W + w, gv * p);
+#pragma GCC unroll 4
+      for (int h = HB - 1; h >= 0; h--) {
+        const Vec<C> qh = q * before[h] * after;
+        sums[h] += load(a + h * lda + w) * gv;
+        sums[h] -= ev[h] * qh;
+        store(de + h * lda + w, load(de + h * lda + w) - x[h] * qh);
+        store(da + h * lda + w, load(da + h * lda + w) + x[h] * gv);
+        after *= f[h];
+      }
+    };
+    int64_t w = 0;
+    for (; w + L <= W; w += L)
+      chunk(w, [](const C* p) { return load(p); }, [](C* p, Vec<C> v) { STREAM ? stream_store(p, v) : store(p, v); });
+    if (w < W) {
+      const int part = (int)(W - w);
+      chunk(w, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vec<C> v) { store_part(p, v, part); });
+    }
+    C t[HB + 4];
+    sum_all<HB>(sums, t);
+    for (int h = 0; h < HB; h++) dc[h * lddc + n] += t[h];
+  }
+}
+// Of 1 to kFewHeads heads; with STREAM W is in whole vectors, dm aligned to them.
+template <bool STREAM, class C>
+inline void erase_add_backward_few(
+    C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda, C* dc, int64_t lddc, C* de,
+    C* da) {
+  if (H == 1) write_read_backward_heads<0, STREAM>(dm, g, m, rows, W, c, e, a, c, 0, a, 0, dc, dc, de, da);
+  else if (H == 2) erase_add_backward_heads<2, STREAM>(dm, g, m, rows, W, c, ldc, e, a, lda, dc, lddc, de, da);
+  else if (H == 3) erase_add_backward_heads<3, STREAM>(dm, g, m, rows, W, c, ldc, e, a, lda, dc, lddc, de, da);
+  else erase_add_backward_heads<4, STREAM>(dm, g, m, rows, W, c, ldc, e, a, lda, dc, lddc, de, da);
+}
+// H > 0; `scratch` holds (2 H + 1) vectors.
 template <class C>
 inline void erase_add_backward(
     C* dm, const C* g, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H,
     const C* e, const C* a, int64_t lda, C* dc, int64_t lddc, C* de, C* da, C* scratch) {
-  if (H == 1) return write_read_backward_heads<0>(dm, g, m, rows, W, c, e, a, c, 0, a, 0, dc, dc, de, da);
+  if (H <= kFewHeads) return erase_add_backward_few<false>(dm, g, m, rows, W, c, ldc, H, e, a, lda, dc, lddc, de, da);
   constexpr int L = Lanes<C>::n;
   C *before = scratch, *s = scratch + (H + 1) * L;  // products of the factors before head h; row sums
   for (int64_t n = 0; n < rows; n++) {
@@ -594,6 +647,170 @@ inline void pull_push(
     const C* own) {
   if (base) pull_push_any<true>(out, base, m, rows, W, c, ldc, H, key, dkey, ldk, own);
   else pull_push_any<false>(out, base, m, rows, W, c, ldc, H, key, dkey, ldk, own);
+}
+
+// ---- past the caches ----
+
+// The same by rows, R at a time and all their columns, into rows that go past the caches: what is read is a stream to the processor then, and what is
+// written needs no scratch. W is in whole vectors, `out` aligned to them. Sums over the rows of a block stand in `sums` meanwhile, laid out as what they
+// are added to. All results are those of the forms above bit for bit.
+constexpr int kStreamHeads = 5;
+constexpr int kStreamRows = 2;
+
+// f(first of the rows, how many, whether they are the block's first) over a block of at least one.
+template <class F> MC_INLINE void by_rows(int64_t rows, F f) {
+  if (rows < kStreamRows) return f(0, Number<1>{}, Number<1>{});
+  f(0, Number<kStreamRows>{}, Number<1>{});
+  int64_t n = kStreamRows;
+  for (; n + kStreamRows <= rows; n += kStreamRows) f(n, Number<kStreamRows>{}, Number<0>{});
+  if (n < rows) f(n, Number<1>{}, Number<0>{});
+}
+template <class C> MC_INLINE void add_sums(C* to, const C* sums, int64_t n) {
+  for (int64_t i = 0; i < n; i += Lanes<C>::n) store(to + i, load(to + i) + load(sums + i));
+}
+template <int R, int HB, class C> MC_INLINE void splat_rows(Vec<C> (*x)[R], const C* c, int64_t ldc) {
+#pragma GCC unroll 8
+  for (int h = 0; h < HB; h++)
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++) x[h][i] = splat(c[h * ldc + i]);
+}
+
+// scatter and erase_add of 1 to kFewHeads heads.
+template <int R, int HB, bool ERASE, bool BASE, class C>
+MC_INLINE void scatter_rows(C* out, const C* base, int64_t W, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda) {
+  Vec<C> x[HB][R];
+  splat_rows<R, HB>(x, c, ldc);
+  for (int64_t w = 0; w < W; w += Lanes<C>::n) {
+    Vec<C> v[R];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++) v[i] = BASE ? load(base + i * W + w) : Vec<C>{};
+    if (ERASE)
+#pragma GCC unroll 8
+      for (int h = 0; h < HB; h++) {
+        const Vec<C> ev = load(e + h * lda + w);
+#pragma GCC unroll 2
+        for (int i = 0; i < R; i++) v[i] *= 1 - x[h][i] * ev;
+      }
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> av = load(a + h * lda + w);
+#pragma GCC unroll 2
+      for (int i = 0; i < R; i++) v[i] += x[h][i] * av;
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++) stream_store(out + i * W + w, v[i]);
+  }
+}
+template <int HB, bool ERASE, bool BASE, class C>
+MC_INLINE void scatter_stream_heads(C* out, const C* base, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* e, const C* a, int64_t lda) {
+  by_rows(rows, [&](int64_t n, auto count, auto) MC_INLINED {
+    scatter_rows<count.value, HB, ERASE, BASE>(out + n * W, BASE ? base + n * W : base, W, c + n, ldc, e, a, lda);
+  });
+}
+template <bool ERASE, bool BASE, class C>
+MC_INLINE void scatter_stream_any(C* out, const C* base, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda) {
+  if (H == 1) scatter_stream_heads<1, ERASE, BASE>(out, base, rows, W, c, ldc, e, a, lda);
+  else if (H == 2) scatter_stream_heads<2, ERASE, BASE>(out, base, rows, W, c, ldc, e, a, lda);
+  else if (H == 3) scatter_stream_heads<3, ERASE, BASE>(out, base, rows, W, c, ldc, e, a, lda);
+  else scatter_stream_heads<4, ERASE, BASE>(out, base, rows, W, c, ldc, e, a, lda);
+}
+// base may be null (zero).
+template <class C>
+inline void scatter_stream(C* out, const C* base, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* a, int64_t lda) {
+  if (base) scatter_stream_any<false, true>(out, base, rows, W, c, ldc, H, a, a, lda);
+  else scatter_stream_any<false, false>(out, base, rows, W, c, ldc, H, a, a, lda);
+}
+template <class C>
+inline void erase_add_stream(C* out, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* e, const C* a, int64_t lda) {
+  scatter_stream_any<true, true>(out, m, rows, W, c, ldc, H, e, a, lda);
+}
+
+// write_read.
+template <int R, int RH, bool FIRST, class C>
+MC_INLINE void write_read_rows(
+    C* out, const C* m, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* sums, int64_t ldr) {
+  Vec<C> x[1][R], y[RH][R];
+  splat_rows<R, 1>(x, c, 0), splat_rows<R, RH>(y, k, ldk);
+  for (int64_t w = 0; w < W; w += Lanes<C>::n) {
+    const Vec<C> ev = load(e + w), av = load(a + w);
+    Vec<C> v[R];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++) {
+      v[i] = load(m + i * W + w);
+      v[i] = v[i] * (1 - x[0][i] * ev) + x[0][i] * av;
+      stream_store(out + i * W + w, v[i]);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < RH; h++) {
+      Vec<C> sum = FIRST ? Vec<C>{} : load(sums + h * ldr + w);
+#pragma GCC unroll 2
+      for (int i = 0; i < R; i++) sum += y[h][i] * v[i];
+      store(sums + h * ldr + w, sum);
+    }
+  }
+}
+template <int RH, class C>
+MC_INLINE void write_read_stream_heads(
+    C* out, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr, C* sums) {
+  by_rows(rows, [&](int64_t n, auto count, auto first) MC_INLINED {
+    write_read_rows<count.value, RH, first.value == 1>(out + n * W, m + n * W, W, c + n, e, a, k + n, ldk, sums, ldr);
+  });
+  add_sums(r, sums, RH * ldr);
+}
+template <class C>
+inline void write_read_stream(
+    C* out, const C* m, int64_t rows, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, int64_t R, C* r, int64_t ldr, C* sums) {
+  if (R == 1) write_read_stream_heads<1>(out, m, rows, W, c, e, a, k, ldk, r, ldr, sums);
+  else if (R == 2) write_read_stream_heads<2>(out, m, rows, W, c, e, a, k, ldk, r, ldr, sums);
+  else if (R == 3) write_read_stream_heads<3>(out, m, rows, W, c, e, a, k, ldk, r, ldr, sums);
+  else write_read_stream_heads<4>(out, m, rows, W, c, e, a, k, ldk, r, ldr, sums);
+}
+
+// pull_push of 1 to kStreamHeads heads.
+template <int R, int HB, bool BASE, bool FIRST, class C>
+MC_INLINE void pull_push_rows(C* out, const C* base, const C* m, int64_t W, const C* c, int64_t ldc, const C* key, C* sums, int64_t ldk, const C* own) {
+  Vec<C> x[HB][R], s[1][R];
+  splat_rows<R, HB>(x, c, ldc), splat_rows<R, 1>(s, own, 0);
+  for (int64_t w = 0; w < W; w += Lanes<C>::n) {
+    Vec<C> row[R], v[R];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++) row[i] = load(m + i * W + w), v[i] = (BASE ? load(base + i * W + w) : Vec<C>{}) - s[0][i] * row[i];
+#pragma GCC unroll 8
+    for (int h = 0; h < HB; h++) {
+      const Vec<C> k = load(key + h * ldk + w);
+      Vec<C> sum = FIRST ? Vec<C>{} : load(sums + h * ldk + w);
+#pragma GCC unroll 2
+      for (int i = 0; i < R; i++) v[i] += x[h][i] * k, sum += x[h][i] * row[i];
+      store(sums + h * ldk + w, sum);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++) stream_store(out + i * W + w, v[i]);
+  }
+}
+template <int HB, bool BASE, class C>
+MC_INLINE void pull_push_stream_heads(
+    C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own, C* sums) {
+  by_rows(rows, [&](int64_t n, auto count, auto first) MC_INLINED {
+    pull_push_rows<count.value, HB, BASE, first.value == 1>(
+        out + n * W, BASE ? base + n * W : base, m + n * W, W, c + n, ldc, key, sums, ldk, own + n);
+  });
+  add_sums(dkey, sums, HB * ldk);
+}
+template <bool BASE, class C>
+MC_INLINE void pull_push_stream_any(
+    C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk, const C* own, C* sums) {
+  if (H == 1) pull_push_stream_heads<1, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own, sums);
+  else if (H == 2) pull_push_stream_heads<2, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own, sums);
+  else if (H == 3) pull_push_stream_heads<3, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own, sums);
+  else if (H == 4) pull_push_stream_heads<4, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own, sums);
+  else pull_push_stream_heads<5, BASE>(out, base, m, rows, W, c, ldc, key, dkey, ldk, own, sums);
+}
+// base may be null (zero).
+template <class C>
+inline void pull_push_stream(
+    C* out, const C* base, const C* m, int64_t rows, int64_t W, const C* c, int64_t ldc, int64_t H, const C* key, C* dkey, int64_t ldk, const C* own, C* sums) {
+  if (base) pull_push_stream_any<true>(out, base, m, rows, W, c, ldc, H, key, dkey, ldk, own, sums);
+  else pull_push_stream_any<false>(out, base, m, rows, W, c, ldc, H, key, dkey, ldk, own, sums);
 }
 
 }  // namespace MC_ISA

@@ -187,23 +187,23 @@ MC_INLINE void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
-// Copies past the caches what nobody reads soon; `sfence` before another thread does.
+// Stores past the caches what nobody reads soon, at p aligned to whole vectors; `stream_fence` before another thread reads it, as after stream_copy.
+template <class C> MC_INLINE void stream_store(C* p, Vec<C> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps((float*)p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps((float*)p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps((float*)p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
 template <class C> MC_INLINE void stream_copy(C* to, const C* from, int64_t n) {
   constexpr int L = Lanes<C>::n;
   int64_t i = 0;
-#if defined(__SSE2__)
   if ((uintptr_t)to % kBytes == 0)
-    for (; i + L <= n; i += L) {
-      const Vec<C> v = load(from + i);
-#if defined(__AVX512F__)
-      _mm512_stream_ps((float*)(to + i), (__m512)v);
-#elif defined(__AVX2__)
-      _mm256_stream_ps((float*)(to + i), (__m256)v);
-#else
-      _mm_stream_ps((float*)(to + i), (__m128)v);
-#endif
-    }
-#endif
+    for (; i + L <= n; i += L) stream_store(to + i, load(from + i));
   for (; i < n; i++) to[i] = from[i];
 }
 MC_INLINE void stream_fence() {

@@ -111,7 +111,8 @@ def marked_sources() -> tuple[Path, list[Mutant]]:
         out.append(text[at:])
         if source.name == "block.h":
             before, after = "".join(out).split(_HALF)
-            out = [before, f'#ifdef MC_NO_HALF\n  throw std::invalid_argument("float16 is left out");\n#else\n{_HALF}#endif\n', after]
+            line = text[: text.index(_HALF)].count("\n") + 1
+            out = [before, f'#ifdef MC_NO_HALF\n  throw std::invalid_argument("float16 is left out");\n#else\n{_HALF}#endif\n#line {line + 1}\n', after]
         to = folder.parent / source.parent.name / source.name
         to.parent.mkdir(parents=True, exist_ok=True)
         made.add(to)
