@@ -130,7 +130,7 @@ class _Block(Arithmetic):
             if m and m[1] in self.p.parameters:
                 at = self.p.parameters[m[1]][0] + int(m[2] or "0", 0)
                 for k, r in enumerate(d):
-                    e = f"g.const(np.frombuffer(g.m.parameters, {self.tag('u' + t[1:] if t[0] == 'b' else t)!r}, 1, {at + k * size})[0])"
+                    e = f"g.const(np.frombuffer(g.m.parameters, {self.tag('u' + t[1:] if t[0] == 'b' else t)!r}, 1, {self.keep(at + k * size)})[0])"
                     self.put(r, e, self.tag("u" + t[1:] if t[0] == "b" else t), ex)
                 return
             space = "const" if m and self.is_register(m[1]) else "local"
@@ -334,15 +334,15 @@ class _Block(Arithmetic):
     # Leaving a block ----------------------------------------------------------------------------------------------------
 
     def finish(self, end: Instruction | None) -> None:
-        after = self.index + 1
+        after = self.keep(self.index + 1)
         if end is None:
             return self.say(f"g.goto({after}, m)")
         op = end.op
         if op[0] == "bra":
-            target = self.p.labels[end.operands[0]]
+            target = self.keep(self.p.labels[end.operands[0]])
             if not end.guard:
-                if target <= self.index:
-                    self.say(f"g.m.report.repeated.add({self.index})")
+                if self.names[target] <= self.index:
+                    self.say(f"g.m.report.repeated.add({self.keep(self.index)})")
                 return self.say(f"g.goto({target}, m)")
             p = self.reg(end.guard, "pred")
             return self.say(f"g.branch({'~' if end.negated else ''}{p}, {target}, {after}, m)")
@@ -350,7 +350,7 @@ class _Block(Arithmetic):
             targets = [self.p.labels[t] for t in self.p.tables[end.operands[1]]]
             if end.guard:
                 raise NotImplementedError(end.text)
-            return self.say(f"g.switch({self.src(end.operands[0], 'u32', True)}, {targets}, m)")
+            return self.say(f"g.switch({self.src(end.operands[0], 'u32', True)}, {self.keep(targets)}, m)")
         if op[0] in ("ret", "exit"):
             p = "None"
             if end.guard:
@@ -371,4 +371,4 @@ class _Block(Arithmetic):
             value = self.src(operands.pop(), "pred", True)
         name = self.src(operands[0], "u32") if operands else "0"
         count = self.src(operands[1], "u32") if len(operands) > 1 else "0"
-        self.say(f"g.wait({self.index}, {name}, {count}, {value}, m)")
+        self.say(f"g.wait({self.keep(self.index)}, {name}, {count}, {value}, m)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import cache
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["NP", "Emitter"]
 
 NP = {"u": "u", "s": "i", "b": "u", "f": "f"}
+
+
+@cache
+def compiled(text: str) -> CodeType:
+    return next(c for c in compile(text, "<a block of PTX>", "exec").co_consts if isinstance(c, CodeType))
 
 
 class Emitter:
@@ -37,14 +44,13 @@ class Emitter:
     def function(self) -> tuple:
         """The function, and which registers its results are: those that other blocks, or this one in its next turn, may read."""
         for k, i in enumerate(self.block.body):
-            self.site = self.index, k
+            self.site = self.keep((self.index, k))
             self.translate(i)
         self.finish(self.block.end)
         out = [k for k in self.written if self.of.within[k] != self.index or k in self.before]
         results = "".join(f"{self.view(k, self.of.homes[k])}, " for k in out)
         text = "def f(g, R, m):\n" + "".join(f"    {line}\n" for line in self.lines) + f"    return ({results})\n"
-        exec(compile(text, f"<block {self.index} of {self.p.name}>", "exec"), self.names)
-        return self.names["f"], out
+        return FunctionType(compiled(text), self.names), out
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -56,6 +62,7 @@ class Emitter:
         return name
 
     def keep(self, value) -> str:
+        """A name for a number: blocks that do the same with other registers, constants and targets have the same text."""
         self.fresh += 1
         name = f"K{self.fresh}"
         self.names[name] = value
@@ -116,7 +123,7 @@ class Emitter:
         views = self.views.get(k)
         if views is None:
             self.before.add(k)
-            views = self.views[k] = {self.of.homes[k]: self.temp(f"R[{k}]")}
+            views = self.views[k] = {self.of.homes[k]: self.temp(f"R[{self.keep(k)}]")}
         if tag not in views:
             if tag == "bf16":
                 views[tag] = self.temp(f"from_bf16({self.view(k, 'u2')})")
@@ -178,7 +185,7 @@ class Emitter:
         if at is not None:
             value = np.dtype(tag).type(at)
         elif o in self.p.parameters:  # its address
-            return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where['parameters'] + {self.p.parameters[o][0]}))")
+            return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where['parameters'] + {self.keep(self.p.parameters[o][0])}))")
         elif o in self.p.constants:
             return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where[{o!r}]))")
         else:
@@ -227,12 +234,12 @@ class Emitter:
     def vector(self, o: str) -> list[str]:
         return [x.strip() for x in o.strip("{} ").split(",")] if o.startswith("{") else [o]
 
-    def address(self, o: str) -> tuple[str, int]:
-        """(vector expression, constant offset)"""
+    def address(self, o: str) -> tuple[str, str]:
+        """(vector expression, name of the constant offset)"""
         m = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", o)
         if not m:
             raise NotImplementedError(f"address {o}")
-        offset = int(m[2] or "0", 0)
+        offset = self.keep(int(m[2] or "0", 0))
         if self.is_register(m[1]):
             width = self.p.widths[self.p.registers[m[1]]]
             return self.reg(m[1], f"u{width // 8}"), offset
