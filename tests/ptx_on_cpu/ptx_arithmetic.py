@@ -15,10 +15,14 @@ _ROUNDINGS = ("rni", "rzi", "rmi", "rpi")
 class Arithmetic(Emitter):
     # Arithmetic ---------------------------------------------------------------------------------------------------------
 
-    def calc(self, i: Instruction, form, sources: int, result: str | None = None, t: str | None = None) -> None:
+    def unsigned(self, i: Instruction, t: str) -> str:
+        """The type in which registers are kept, for what gives the same bits whether there is a sign or not."""
+        return "u" + t[1:] if t[0] == "s" and self.p.widths[self.p.registers[i.operands[0]]] == WIDTH[t] else t
+
+    def calc(self, i: Instruction, form, sources: int, result: str | None = None, any_sign: bool = False) -> None:
         """dst = form(a, b, ...) in the instruction's type, with .ftz and .sat; packed types half by half."""
         ex = self.execute(i)
-        t = t or i.type
+        t = self.unsigned(i, i.type) if any_sign else i.type
         operands = i.operands[1 : 1 + sources]
         if t in ("f16x2", "bf16x2"):
             xs = []
@@ -53,7 +57,7 @@ class Arithmetic(Emitter):
         r = self.rounding(i)
         if r in ("rz", "rm", "rp"):
             return self.calc(i, lambda a, b: f"add({a}, {b}, {r!r})", 2)
-        self.calc(i, lambda a, b: f"{a} + {b}", 2)
+        self.calc(i, lambda a, b: f"{a} + {b}", 2, any_sign=True)
 
     def i_sub(self, i: Instruction) -> None:
         if "cc" in i.op:
@@ -61,7 +65,7 @@ class Arithmetic(Emitter):
         r = self.rounding(i)
         if r in ("rz", "rm", "rp"):
             return self.calc(i, lambda a, b: f"add({a}, -{b}, {r!r})", 2)
-        self.calc(i, lambda a, b: f"{a} - {b}", 2)
+        self.calc(i, lambda a, b: f"{a} - {b}", 2, any_sign=True)
 
     def i_mul(self, i: Instruction) -> None:
         self.product(i, False)
@@ -90,8 +94,8 @@ class Arithmetic(Emitter):
             return self.put(i.operands[0], e, wide, ex)
         form = (lambda a, b: f"high({a}, {b})") if "hi" in i.op else (lambda a, b: f"{a} * {b}")
         if not plus:
-            return self.calc(i, form, 2)
-        self.calc(i, lambda a, b, c: f"{form(a, b)} + {c}", 3)
+            return self.calc(i, form, 2, any_sign="hi" not in i.op)
+        self.calc(i, lambda a, b, c: f"{form(a, b)} + {c}", 3, any_sign="hi" not in i.op)
 
     def i_fma(self, i: Instruction) -> None:
         t = i.type
@@ -108,7 +112,7 @@ class Arithmetic(Emitter):
         self.calc(i, lambda a, b: f"remainder({a}, {b})", 2)
 
     def i_neg(self, i: Instruction) -> None:
-        self.calc(i, lambda a: f"-{a}", 1)
+        self.calc(i, lambda a: f"-{a}", 1, any_sign=True)
 
     def i_abs(self, i: Instruction) -> None:
         self.calc(i, lambda a: f"np.abs({a})", 1)
@@ -252,6 +256,8 @@ class Arithmetic(Emitter):
         t = i.type
         if t.endswith("x2"):
             raise NotImplementedError("packed comparison")
+        if i.op[1] in ("eq", "ne") and t[0] == "s":
+            t = "u" + t[1:]
         a, b = self.src(i.operands[1], t, True), self.src(i.operands[2], t)
         if "ftz" in i.op and t == "f32":
             a, b = self.temp(f"flush({a})"), self.temp(f"flush({b})")
@@ -306,7 +312,7 @@ class Arithmetic(Emitter):
 
     def i_selp(self, i: Instruction) -> None:
         ex = self.execute(i)
-        t = i.type
+        t = self.unsigned(i, i.type)
         a, b = self.src(i.operands[1], t), self.src(i.operands[2], t)
         self.put(i.operands[0], f"where({self.src(i.operands[3], 'pred', True)}, {a}, {b})", self.tag(t), ex)
 

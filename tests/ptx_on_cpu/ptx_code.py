@@ -1,7 +1,8 @@
 """Basic blocks of PTX to Python functions on NumPy vectors, one element a lane.
 
-A block's function takes (group, registers, mask). Without a mask all lanes step together and results replace registers; with one
-they are merged. A register is a vector of its declared width, in whatever dtype last wrote it; arithmetic is NumPy's in that type.
+A block's function takes (group, registers, mask) and returns the new values of registers that others may read: of all lanes, though
+under a mask only those in it count. Memory, control and what a warp does together see the mask. A register is a vector of its
+declared width, between blocks always in one dtype, within one in whatever type it is used; arithmetic is NumPy's in that type.
 fma rounds twice (in double, then in float), `.approx` functions are exact: tolerances, never bit equality with a GPU.
 """
 
@@ -19,6 +20,7 @@ __all__ = ["Translator"]
 
 _ATOMS = ("add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec")
 _ORDERS = {"acquire": "acquire", "release": "release", "acq_rel": "both"}
+_NAME = re.compile(r"[%\w$.]+")
 _BESIDE_ORDER = {*_ORDERS, *_ATOMS, "global", "shared", "gpu", "sys", "cta", "noftz"}
 
 
@@ -28,29 +30,44 @@ class Translator:
     def __init__(self, program: Program):
         self.program = program
         self.n = len(program.blocks)
-        own = [len(b.body) + (b.end is not None) for b in program.blocks]
-        self.sizes = [own, list(own)]
-        """Instructions of a block under a mask, and of what runs without one: it goes on until control may turn."""
-        self.last = list(range(self.n))
-        for k in reversed(range(self.n - 1)):
-            if program.blocks[k].end is None:
-                self.last[k] = self.last[k + 1]
-                self.sizes[1][k] += self.sizes[1][k + 1]
+        self.sizes = [len(b.body) + (b.end is not None) for b in program.blocks]
         first, sleeps = [b.body[0] if b.body else None for b in program.blocks], program.sleeps
         self.syncs = ["" if i is None else "warp" if is_warp_sync(i) else "arrival" if sleeps and is_arrival(i) else "" for i in first]
         """What a block starts with that not every lane goes through at once."""
         self.reductions: dict[int, tuple[str, int]] = {}
         """Barriers with a result: block index -> (kind, register)."""
-        self._made: dict[tuple[int, bool], object] = {}
+        self.steps: list[tuple | None] = [None] * self.n
+        """Of blocks that ran: the function, and the registers whose new values it returns."""
+        self.homes = ["pred" if w == 1 else f"u{w // 8}" for w in program.widths]
+        """In what dtype a register is kept from block to block: float if the first instruction that writes it computes one."""
+        self.within: list[int | None] = [None] * len(program.widths)
+        """The only block that has this register; -1 if there are several."""
         for k, b in enumerate(program.blocks):
+            for i in [*b.body, b.end] if b.end is not None else b.body:
+                self._registers(k, i)
             if b.end is not None and b.end.op[0] in ("bar", "barrier") and "red" in b.end.op:
                 self.reductions[k] = (next(x for x in b.end.op if x in ("popc", "or", "and")), program.registers[b.end.operands[0]])
+                self.within[self.reductions[k][1]] = -1
 
-    def function(self, b: int, masked: bool):
-        f = self._made.get((b, masked))
-        if f is None:
-            f = self._made[b, masked] = _Block(self.program, b, b if masked else self.last[b], masked).function()
-        return f
+    def _registers(self, k: int, i: Instruction) -> None:
+        """Notes those of an instruction of block k: where they occur, how they are kept."""
+        known, within = self.program.registers, self.within
+        kind = i.op[-2 if i.op[0] == "cvt" else -1]
+        home = {"f32": "f4", "f64": "f8"}.get(kind) if i.op[0] not in ("ld", "mov", "st") else None
+        for at, o in enumerate([*i.operands, i.guard]):
+            for name in (o,) if o in known else _NAME.findall(o):
+                r = known.get(name)
+                if r is not None:
+                    if within[r] is None:
+                        within[r] = k
+                        if home and at == 0 and self.program.widths[r] == WIDTH[kind]:
+                            self.homes[r] = home
+                    elif within[r] != k:
+                        within[r] = -1
+
+    def step(self, b: int) -> tuple:
+        self.steps[b] = _Block(self, b).function()
+        return self.steps[b]
 
 
 class _Block(Arithmetic):
@@ -113,7 +130,7 @@ class _Block(Arithmetic):
             if m and m[1] in self.p.parameters:
                 at = self.p.parameters[m[1]][0] + int(m[2] or "0", 0)
                 for k, r in enumerate(d):
-                    e = f"g.const(np.frombuffer(g.m.parameters, {self.tag('u' + t[1:] if t[0] == 'b' else t)!r}, 1, {at + k * size})[0])"
+                    e = f"g.const(np.frombuffer(g.m.parameters, {self.tag('u' + t[1:] if t[0] == 'b' else t)!r}, 1, {self.keep(at + k * size)})[0])"
                     self.put(r, e, self.tag("u" + t[1:] if t[0] == "b" else t), ex)
                 return
             space = "const" if m and self.is_register(m[1]) else "local"
@@ -122,9 +139,9 @@ class _Block(Arithmetic):
         order = self.order(i)
         if order and (order != "acquire" or len(d) != 1 or i.op[0] != "ld"):
             raise NotImplementedError("load")
-        olds = f"({self._old(d[0], size)},)" if order else "()" if ex is None else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"
+        olds = None if ex is None and not order else "(" + "".join(self._old(r, size) + ", " for r in d) + ")"
         if order:
-            got = self.temp(f"g.ld_acquire({a}, {offset}, {size}, {space!r}, {ex}, {olds}, {self.site})")
+            got = self.temp(f"g.ld_acquire({a}, {offset}, {size}, {space!r}, {self.lanes(ex)}, {olds}, {self.site})")
         else:
             got = self.temp(f"g.ld({a}, {offset}, {size}, {len(d)}, {space!r}, {self.guarded(ex)}, {olds})")
         narrow = f"{NP[t[0]]}{size}"
@@ -134,9 +151,7 @@ class _Block(Arithmetic):
             e = f"{got}[{k}]"
             width = self.p.widths[self.p.registers[r]]
             if width == size * 8:
-                name = self.temp(e)
-                self.say(f"R[{self.p.registers[r]}] = {name}")
-                self.views[self.p.registers[r]] = {f"u{size}": name}
+                self.write(self.p.registers[r], f"u{size}", self.temp(e))
             else:
                 self.put(r, e if narrow[0] == "u" else f"{e}.view({narrow!r})", narrow, ex)
 
@@ -166,7 +181,7 @@ class _Block(Arithmetic):
         if order:
             if order != "release" or len(values) != 1:
                 raise NotImplementedError("store")
-            return self.say(f"g.st_release({a}, {offset}, {size}, [{values[0]}], {space!r}, {ex}, {self.site})")
+            return self.say(f"g.st_release({a}, {offset}, {size}, [{values[0]}], {space!r}, {self.lanes(ex)}, {self.site})")
         self.say(f"g.st({a}, {offset}, {size}, [{', '.join(values)}], {space!r}, {self.guarded(ex)})")
 
     def i_atom(self, i: Instruction, returns: bool = True) -> None:
@@ -183,7 +198,7 @@ class _Block(Arithmetic):
             tag = "f2"
         values = ", ".join(self.src(o, t, True) for o in operands[2:])
         old = self._old(operands[0], size)
-        got = f"g.atom({a}, {offset}, {size}, {kind!r}, {tag!r}, [{values}], {self.space(i.op)!r}, {ex}, {old}, {self.order(i)!r}, {self.site})"
+        got = f"g.atom({a}, {offset}, {size}, {kind!r}, {tag!r}, [{values}], {self.space(i.op)!r}, {self.lanes(ex)}, {old}, {self.order(i)!r}, {self.site})"
         if operands[0] == "_":
             self.say(got)
         else:
@@ -210,7 +225,7 @@ class _Block(Arithmetic):
         n = "None"
         if len(i.operands) > 3:
             n = self.src(i.operands[3], "b32", True)
-        self.say(f"g.cp_async({dst}, {o1}, {src}, {o2}, {size}, {n}, {ex})")
+        self.say(f"g.cp_async({dst}, {o1}, {src}, {o2}, {size}, {n}, {self.lanes(ex)})")
 
     def i_cvta(self, i: Instruction) -> None:
         ex = self.execute(i)
@@ -240,7 +255,7 @@ class _Block(Arithmetic):
         kind = next(x for x in i.op if x in ("up", "down", "bfly", "idx"))
         v = self.src(i.operands[1], "b32", True)
         b, c, member = (self.src(o, "u32") for o in i.operands[2:5])
-        got = self.temp(f"g.shfl({kind!r}, {v}, {b}, {c}, {member}, {ex}, {self.site})")
+        got = self.temp(f"g.shfl({kind!r}, {v}, {b}, {c}, {member}, {self.lanes(ex)}, {self.site})")
         self.put(d[0], f"{got}[0]", "u4", ex)
         if len(d) > 1:
             self.put(d[1], f"{got}[1]", "pred", ex)
@@ -250,37 +265,37 @@ class _Block(Arithmetic):
         kind = next(x for x in i.op if x in ("ballot", "any", "all", "uni"))
         p = self.src(i.operands[1], "pred", True)
         member = self.src(i.operands[2], "u32") if len(i.operands) > 2 else "None"
-        self.put(i.operands[0], f"g.vote({kind!r}, {p}, {member}, {ex})", "u4" if kind == "ballot" else "pred", ex)
+        self.put(i.operands[0], f"g.vote({kind!r}, {p}, {member}, {self.lanes(ex)})", "u4" if kind == "ballot" else "pred", ex)
 
     def i_redux(self, i: Instruction) -> None:
         ex = self.execute(i)
         kind = next(x for x in i.op if x in ("add", "min", "max", "and", "or", "xor"))
         v = self.src(i.operands[1], i.type, True)
-        self.put(i.operands[0], f"g.redux({kind!r}, {v}, {self.src(i.operands[2], 'u32')}, {ex}, {self.site})", self.tag(i.type), ex)
+        self.put(i.operands[0], f"g.redux({kind!r}, {v}, {self.src(i.operands[2], 'u32')}, {self.lanes(ex)}, {self.site})", self.tag(i.type), ex)
 
     def i_match(self, i: Instruction) -> None:
         if "any" not in i.op:
             raise NotImplementedError("match.all")
         ex = self.execute(i)
-        self.put(i.operands[0], f"g.match_any({self.src(i.operands[1], i.type, True)}, {self.src(i.operands[2], 'u32')}, {ex})", "u4", ex)
+        self.put(i.operands[0], f"g.match_any({self.src(i.operands[1], i.type, True)}, {self.src(i.operands[2], 'u32')}, {self.lanes(ex)})", "u4", ex)
 
     def i_elect(self, i: Instruction) -> None:
         ex = self.execute(i)
         d = [x.strip() for x in i.operands[0].split("|")]
-        got = self.temp(f"g.elect({self.src(i.operands[1], 'u32')}, {ex})")
+        got = self.temp(f"g.elect({self.src(i.operands[1], 'u32')}, {self.lanes(ex)})")
         self.put(d[0], f"{got}[0]", "u4", ex)
         self.put(d[1], f"{got}[1]", "pred", ex)
 
     def i_activemask(self, i: Instruction) -> None:
         ex = self.execute(i)
-        self.put(i.operands[0], f"g.active({ex})", "u4", ex)
+        self.put(i.operands[0], f"g.active({self.lanes(ex)})", "u4", ex)
 
     def i_bar(self, i: Instruction) -> None:
         if "warp" in i.op:
-            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.execute(i)}, {self.site})")
+            return self.say(f"g.warp_barrier({self.src(i.operands[0], 'u32')}, {self.lanes(self.execute(i))}, {self.site})")
         if "arrive" in i.op:
             ids, count = (self.src(o, "u32", True) for o in i.operands[:2])
-            return self.say(f"g.arrive({ids}, {count}, {self.execute(i)})")
+            return self.say(f"g.arrive({ids}, {count}, {self.lanes(self.execute(i))})")
         raise NotImplementedError("barrier")
 
     i_barrier = i_bar
@@ -291,7 +306,7 @@ class _Block(Arithmetic):
         ex = self.execute(i)
         d = self.vector(i.operands[0])
         a, offset = self.address(i.operands[1])
-        got = self.temp(f"g.ldmatrix({a}, {offset}, {len(d)}, {'trans' in i.op}, {ex})")
+        got = self.temp(f"g.ldmatrix({a}, {offset}, {len(d)}, {'trans' in i.op}, {self.lanes(ex)})")
         for k, r in enumerate(d):
             self.put(r, f"{got}[{k}]", "u4", ex)
 
@@ -300,35 +315,34 @@ class _Block(Arithmetic):
             raise NotImplementedError("stmatrix shape")
         a, offset = self.address(i.operands[0])
         values = ", ".join(self.src(r, "b32", True) for r in self.vector(i.operands[1]))
-        self.say(f"g.stmatrix({a}, {offset}, [{values}], {'trans' in i.op}, {self.execute(i)})")
+        self.say(f"g.stmatrix({a}, {offset}, [{values}], {'trans' in i.op}, {self.lanes(self.execute(i))})")
 
     def i_mma(self, i: Instruction) -> None:
         shape = next(x for x in i.op if x.startswith("m16n8"))
         dt, at, bt, ct = i.op[-4:]
         if (dt, ct) != ("f32", "f32") or (shape, at) not in (("m16n8k8", "tf32"), ("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k8", "f16"), ("m16n8k8", "bf16")):
             raise NotImplementedError("mma shape")
-        ex = self.execute(i)
-        if ex is not None:
+        if i.guard:
             raise NotImplementedError("mma in part of a warp")
         D, A, B, C = (self.vector(o) for o in i.operands)
         a, b = (", ".join(self.src(r, "b32", True) for r in x) for x in (A, B))
         c = ", ".join(self.src(r, "f32", True) for r in C)
-        got = self.temp(f"g.mma({shape!r}, {at!r}, {bt!r}, [{a}], [{b}], [{c}])")
+        got = self.temp(f"g.mma({shape!r}, {at!r}, {bt!r}, [{a}], [{b}], [{c}], m)")
         for k, r in enumerate(D):
             self.put(r, f"{got}[{k}]", "f4", None)
 
     # Leaving a block ----------------------------------------------------------------------------------------------------
 
     def finish(self, end: Instruction | None) -> None:
-        after = self.index + 1
+        after = self.keep(self.index + 1)
         if end is None:
             return self.say(f"g.goto({after}, m)")
         op = end.op
         if op[0] == "bra":
-            target = self.p.labels[end.operands[0]]
+            target = self.keep(self.p.labels[end.operands[0]])
             if not end.guard:
-                if target <= self.index:
-                    self.say(f"g.m.report.repeated.add({self.index})")
+                if self.names[target] <= self.index:
+                    self.say(f"g.m.report.repeated.add({self.keep(self.index)})")
                 return self.say(f"g.goto({target}, m)")
             p = self.reg(end.guard, "pred")
             return self.say(f"g.branch({'~' if end.negated else ''}{p}, {target}, {after}, m)")
@@ -336,18 +350,18 @@ class _Block(Arithmetic):
             targets = [self.p.labels[t] for t in self.p.tables[end.operands[1]]]
             if end.guard:
                 raise NotImplementedError(end.text)
-            return self.say(f"g.switch({self.src(end.operands[0], 'u32', True)}, {targets}, m)")
+            return self.say(f"g.switch({self.src(end.operands[0], 'u32', True)}, {self.keep(targets)}, m)")
         if op[0] in ("ret", "exit"):
             p = "None"
             if end.guard:
                 p = ("~" if end.negated else "") + self.reg(end.guard, "pred")
             return self.say(f"g.leave({p}, {after}, m)")
         if op[0] == "trap":
-            return self.say(f"g.trap({end.text!r}, {self.execute(end) if end.guard else 'm'}, {after}, m)")
+            return self.say(f"g.trap({end.text!r}, {self.lanes(self.execute(end))}, {after}, m)")
         if op[0] == "nanosleep":
             if op != ["nanosleep", "u32"] or len(end.operands) != 1:
                 raise NotImplementedError(end.text)
-            return self.say(f"g.sleep({self.execute(end)}, {after}, m)")
+            return self.say(f"g.sleep({self.lanes(self.execute(end))}, {after}, m)")
         if end.guard:
             raise NotImplementedError(f"{end.text}: a barrier under a predicate")
         operands = list(end.operands)
@@ -357,4 +371,4 @@ class _Block(Arithmetic):
             value = self.src(operands.pop(), "pred", True)
         name = self.src(operands[0], "u32") if operands else "0"
         count = self.src(operands[1], "u32") if len(operands) > 1 else "0"
-        self.say(f"g.wait({self.index}, {name}, {count}, {value}, m)")
+        self.say(f"g.wait({self.keep(self.index)}, {name}, {count}, {value}, m)")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy import bitwise_or, count_nonzero, where
 
 from ptx_meetings import Meetings
 from ptx_program import PtxError
 from ptx_races import BLOCK_AT, EPOCH_AT, SYNC_AT, views
 from ptx_report import Site
-from ptx_warps import Warps
+from ptx_runtime import every, some
+from ptx_warps import Warps, bits
 
 if TYPE_CHECKING:
     from ptx_machine import Machine
@@ -20,10 +22,23 @@ __all__ = ["Group"]
 SHARED_WINDOW = 0x0100_0000_0000  # generic addresses
 LOCAL_WINDOW = 0x0200_0000_0000
 WINDOW = 0x0080_0000_0000
+END = 1 << 30  # a block past the last one
+LOG2 = {1 << k: k for k in range(5)}
 
 _ATOMIC = {
     "add": lambda a, b: a + b, "min": min, "max": max, "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,
 }  # fmt: skip
+
+
+class Constants(dict):
+    """(dtype, bytes) of a number -> a vector of it."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __missing__(self, key):
+        self[key] = np.full(self.n, np.frombuffer(key[1], key[0])[0])
+        return self[key]
 
 
 class Group(Warps, Meetings):
@@ -53,20 +68,25 @@ class Group(Warps, Meetings):
             self.special[f"%lanemask_{name}"] = (v.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)
         self.alive = lin < m.threads
         self.full = bool(self.alive.all())
-        self.pc = np.zeros(self.n, np.int32)
-        self.at: int | None = 0 if self.full else None  # the common program counter, while all lanes are alive and together
+        self.places: dict[int, np.ndarray | None] = {0: None if self.full else self.alive.copy()}
+        """Block -> the lanes that are to run it, None while all are alive and together."""
         self.waiting = np.zeros(self.n, bool)
+        self.held = False  # whether any lane waits
         self.asleep = np.zeros(self.n, bool)  # of those that wait: until the next round
         self.sleeps = False
+        self.pc = np.zeros(self.n, np.int32)  # of those asleep: where they go on
         self.bar = np.zeros(self.n, np.int32)  # block index of the barrier a lane waits in
         self.bar_id = np.zeros(self.n, np.int32)
         self.bar_count = np.zeros(self.n, np.int32)
         self.bar_value = np.zeros(self.n, bool)
         poison = {w: np.full(self.n, -1, f"i{w // 8}").view(f"u{w // 8}") for w in (8, 16, 32, 64)}
         poison[1] = np.ones(self.n, bool)
-        self.R = [poison[w] for w in m.kernel.program.widths]
         self.poison = poison
-        self.constants: dict = {}
+        kept = {"pred": poison[1], "f4": poison[32].view("f4"), "f8": poison[64].view("f8"), **{f"u{w // 8}": poison[w] for w in (8, 16, 32, 64)}}
+        self.R = [kept[home] for home in m.kernel.translator.homes]
+        self.constants = Constants(self.n)
+        self.shuffles: dict = {}
+        self.exist = np.repeat(bits(self.alive), 32)  # a mask may name lanes that the block does not have
         self.async_queue: list = []
         bytes_local = m.kernel.program.local_bytes
         self.local_stride = -(-bytes_local // 16) * 16 + 16
@@ -77,127 +97,124 @@ class Group(Warps, Meetings):
 
     def const(self, v):
         """A vector of one value."""
-        key = (v.dtype.char, v.tobytes())
-        if key not in self.constants:
-            self.constants[key] = np.full(self.n, v)
-        return self.constants[key]
+        return self.constants[v.dtype.char, v.tobytes()]
 
     def run(self) -> None:
-        """Until every lane waits or has ended."""
-        m, code = self.m, self.m.kernel.translator
-        n_blocks = code.n
-        while True:
-            if self.at is not None:
-                b = self.at
-                if b >= n_blocks:
-                    self.alive[:] = False
-                    self.full, self.at = False, None
-                    return
-                mask = None
-            else:
-                ready = self.alive & ~self.waiting
-                if not ready.any():
-                    return
-                b = int(self.pc[ready].min())
-                mask = ready & (self.pc == b)
-                if b < n_blocks and code.syncs[b]:
-                    b, mask = self.rendezvous(b, mask, ready)
+        """Until every lane waits or has ended. Those with the least program counter go first."""
+        m, code, places, R = self.m, self.m.kernel.translator, self.places, self.R
+        while places:
+            b = min(places)
+            mask = places.pop(b)
+            if mask is not None:
+                if b < code.n and code.syncs[b]:
+                    b, mask = self.rendezvous(b, mask)
                     if mask is None:
                         return
-                if b >= n_blocks:
+                if b >= code.n:
                     self.alive &= ~mask
                     self.full = False
                     continue
-                if self.full and mask.all():
-                    self.at, mask = b, None
+                if self.full and not self.held and not places:
+                    mask = None
+            elif b >= code.n:
+                self.alive[:] = False
+                self.full = False
+                return
             m.fuel -= 1
             if m.fuel < 0:
                 raise PtxError("the kernel does not end (does a block or warp wait for another?)")
-            m.report.instructions += code.sizes[1][b] * self.n if mask is None else code.sizes[0][b] * int(mask.sum())
-            code.function(b, mask is not None)(self, self.R, mask)
+            step, written = code.steps[b] or code.step(b)
+            if mask is None:
+                m.report.instructions += code.sizes[b] * self.n
+                for k, v in zip(written, step(self, R, None)):
+                    R[k] = v
+            else:
+                m.report.instructions += code.sizes[b] * int(count_nonzero(mask))
+                for k, v in zip(written, step(self, R, mask)):
+                    R[k] = where(mask, v, R[k])
 
-    def rendezvous(self, b, mask, ready):
+    def rendezvous(self, b, mask):
         """Lanes at a warp-wide instruction wait while others of their warp can still come: what runs instead. No mask: they sleep."""
-        syncs, n = self.m.kernel.translator.syncs, self.m.kernel.translator.n
+        syncs, n, places = self.m.kernel.translator.syncs, self.m.kernel.translator.n, self.places
+        if not places and not self.sleeps and syncs[b] == "warp":
+            return b, mask
+        places[b] = mask
+        ready = np.logical_or.reduce(list(places.values()))
         if self.sleeps:
             held = np.repeat(self.asleep.reshape(-1, 32).any(1), 32)
-        for p in np.unique(self.pc[ready]).tolist():
-            here = ready & (self.pc == p)
+        for p in sorted(places):
+            here = places[p]
             if p >= n or not syncs[p]:
-                return p, here
+                return p, places.pop(p)
             if syncs[p] == "arrival":
-                return p, self.halve(here)
+                return p, self.halve(p, places.pop(p))
             elsewhere = (ready & ~here).reshape(-1, 32).any(1)
             complete = here & ~np.repeat(elsewhere, 32)
             if self.sleeps:
                 complete &= ~held
-            if complete.any():
-                return p, complete
+            if some(complete):
+                return p, self.take(p, complete)
         if self.sleeps:
             ready = ready & ~held
-            if not ready.any():
+            if not some(ready):
                 return b, None
-            b = int(self.pc[ready].min())
-            mask = ready & (self.pc == b)
+            b = min(p for p, here in places.items() if some(here & ready))
+            mask = places[b] & ready
         # All wait: for lanes of one warp in different places, with masks of their own perhaps. The first that is complete goes.
-        return b, mask
+        return b, self.take(b, mask)
+
+    def take(self, b, lanes):
+        """Some of those at a block, which the others do not leave."""
+        rest = self.places.pop(b) & ~lanes
+        if some(rest):
+            self.places[b] = rest
+        return lanes
 
     # Control, called at the end of each basic block ----------------------------------------------------------------------
 
-    def spread(self) -> None:
-        """From one program counter to one a lane."""
-        if self.at is not None:
-            self.pc[:] = self.at
-            self.at = None
-
     def goto(self, b, mask) -> None:
-        if mask is None:
-            self.at = b
-        else:
-            self.pc[mask] = b
+        self.places[b] = self.places[b] | mask if b in self.places else mask
 
     def branch(self, taken, target, other, mask) -> None:
-        if target < other and (taken if mask is None else taken & mask).any():
+        if mask is not None:
+            taken = taken & mask
+        if not some(taken):
+            return self.goto(other, mask)
+        if target < other:
             self.m.report.repeated.add(other - 1)
-        if mask is None:
-            k = int(np.count_nonzero(taken))
-            if k == self.n:
-                self.at = target
-            elif k == 0:
-                self.at = other
-            else:
-                self.at = None
-                self.pc = np.where(taken, np.int32(target), np.int32(other))
-        else:
-            self.pc[mask] = np.where(taken[mask], target, other)
+        stay = ~taken if mask is None else mask & ~taken
+        if not some(stay):
+            return self.goto(target, mask)
+        self.goto(target, taken)
+        self.goto(other, stay)
 
     def switch(self, index, targets, mask) -> None:
-        if (index[mask] if mask is not None else index).max() >= len(targets):
+        here = np.ones(self.n, bool) if mask is None else mask
+        chosen = index[here]
+        if chosen.max() >= len(targets):
             raise PtxError("brx.idx: index outside its table")
-        self.spread()
-        chosen = np.asarray(targets, np.int32)[np.minimum(index, len(targets) - 1)]
-        self.pc = chosen if mask is None else np.where(mask, chosen, self.pc)
+        for k in np.unique(chosen).tolist():
+            self.goto(targets[k], here & (index == k))
 
     def leave(self, gone, other, mask) -> None:
         """Ends lanes; the others go on."""
-        if mask is None and gone is None:
-            self.at = 1 << 30
-            return
-        self.spread()
-        gone = mask if gone is None else gone if mask is None else gone & mask
-        self.pc = np.where(gone, np.int32(1 << 30), self.pc)
-        stay = ~gone if mask is None else mask & ~gone
-        self.pc[stay] = other
+        if gone is None:
+            self.goto(END, mask)
+        else:
+            here = np.ones(self.n, bool) if mask is None else mask
+            for b, lanes in ((END, gone & here), (other, here & ~gone)):
+                if some(lanes):
+                    self.goto(b, lanes)
 
     def wait(self, b, bar_id, count, value, mask) -> None:
         here = mask
         self.m.report.sites.add((b, -1))
         if self.m.without == (b, -1):
             return self.goto(b + 1, mask)
-        self.spread()
         if here is None:
             here = np.ones(self.n, bool)
         self.waiting |= here
+        self.held = True
         self.bar[here] = b
         self.bar_id[here] = bar_id[here] if isinstance(bar_id, np.ndarray) else bar_id
         self.bar_count[here] = count[here] if isinstance(count, np.ndarray) else count
@@ -216,13 +233,16 @@ class Group(Warps, Meetings):
 
     def release(self, lanes, b: int) -> None:
         self.waiting &= ~lanes
-        self.pc[lanes] = b + 1
+        self.held = some(self.waiting)
         if self.m.races:
             self.me[lanes] = (self.me[lanes] & ~np.int64((1 << EPOCH_AT) - (1 << SYNC_AT))) + (np.int64(1) << EPOCH_AT)
-        if self.full and lanes.all():
-            self.at = b + 1
+        self.goto(b + 1, None if self.full and every(lanes) else lanes)
 
     # Memory -------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def both(mask, p):
+        return p if mask is None else p & mask
 
     def guarded(self, mask, base, site):
         """The lanes of an access under a predicate, of those in `base`."""
@@ -230,23 +250,25 @@ class Group(Warps, Meetings):
         if m.without == site:
             return base
         m.report.sites.add(site)
-        if site not in m.report.masked and not (mask.all() if base is None else (mask == base).all()):
+        if site not in m.report.masked and not every(mask if base is None else mask == base):
             m.report.masked.add(site)
         return mask
 
-    def ld(self, a, offset, size, count, space, mask, olds):
-        """`count` values of `size` bytes at address a + offset, as unsigned vectors; lanes outside mask keep `olds`."""
+    def ld(self, a, offset, size, count, space, mask, olds=None):
+        """`count` values of `size` bytes at address a + offset, as unsigned vectors; lanes outside mask keep `olds`, or anything."""
         memory, at, lanes = self.find(a, offset, size * count, space, mask, False)
+        if count == 1:
+            got = (memory[size].take(at),)
+        else:
+            got = memory[size].reshape(-1, count).take(at, axis=0).T
         if lanes is None:
-            got = memory[size].take(at) if count == 1 else memory[size].reshape(-1, count).take(at, axis=0)
-            return (got,) if count == 1 else tuple(np.ascontiguousarray(got.T))
+            return got if count == 1 else tuple(np.ascontiguousarray(got))
         out = []
-        got = memory[size].reshape(-1, count).take(at, axis=0)
-        for k in range(count):
-            v = olds[k].copy().view(f"u{size}")
-            v[lanes] = got[:, k]
+        for k, new in enumerate(got):
+            v = np.empty(self.n, new.dtype) if olds is None else olds[k].copy().view(new.dtype)
+            v[lanes] = new
             out.append(v)
-        return tuple(out)
+        return out
 
     def st(self, a, offset, size, values, space, mask) -> None:
         memory, at, lanes = self.find(a, offset, size * len(values), space, mask, True, values)
@@ -259,46 +281,43 @@ class Group(Warps, Meetings):
     def find(self, a, offset, size, space, mask, write, values=None, atomic=False):
         """(typed views, indices in units of `size`, lanes or None for all): checked, counted, watched for races."""
         m = self.m
-        narrow = a.dtype.itemsize == 4
-        a = a.astype(np.int64) if narrow else a.view(np.int64)
-        if offset:
-            a = a + offset
-            if narrow:
-                a = a & 0xFFFFFFFF
+        if a.dtype.itemsize == 4:
+            a = a.astype(np.int64)
+            if offset:
+                a = a + offset & 0xFFFFFFFF
+        else:
+            a = a.view(np.int64)
+            if offset:
+                a = a + offset
         lanes = None
         if mask is not None:
             lanes = mask.nonzero()[0]
             if len(lanes) == self.n:
                 lanes = None
             else:
-                a = a[lanes]
+                a = a.take(lanes)
         if space == "generic":
             space = self.window(a)
             a = a - {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "global": 0}[space]
         what = "load" if not write else "atomic" if atomic else "store"
-        if len(a) and (a & (size - 1)).any():
+        if size > 1 and bitwise_or.reduce(a) & size - 1:
             self.fault(f"misaligned {size}-byte {space} {what}", a, lanes, (a & (size - 1)) != 0)
         if space == "shared":
-            bad = (a < 0) | (a > m.shared_bytes - size)
-            if bad.any():
-                self.fault(f"{what} outside {m.shared_bytes} bytes of shared memory", a, lanes, bad)
+            self.inside(a, size, m.shared_bytes, "shared", what, lanes)
             if m.count and not atomic:
                 m.count_shared(self, a, size, lanes)
-            byte = a + (self.shared_at if lanes is None else self.shared_at[lanes])
+            byte = a + (self.shared_at if lanes is None else self.shared_at.take(lanes))
             memory = m.shared_views
             if m.races and not atomic:
                 m.shared_races.check(self, byte, size, lanes, write, memory, values)
         elif space == "local":
-            limit = m.kernel.program.local_bytes
-            bad = (a < 0) | (a > limit - size)
-            if bad.any():
-                self.fault(f"{what} outside {limit} bytes of local memory", a, lanes, bad)
+            self.inside(a, size, m.kernel.program.local_bytes, "local", what, lanes)
             byte = a + (self.index if lanes is None else lanes) * self.local_stride
             memory = views(self.local)
         else:
             byte = m.resolve(a)
-            ok = m.valid[size].take(byte // size, mode="clip")
-            if not ok.all():
+            ok = m.valid[size].take(byte >> LOG2[size], mode="clip")
+            if not every(ok):
                 self.fault(f"{what} of {size} bytes outside every buffer", a, lanes, ~ok)
             if space != "const":
                 if m.count and (write or not atomic):  # how often a wait looks says nothing
@@ -310,7 +329,13 @@ class Group(Warps, Meetings):
                 if m.races and not atomic:
                     m.global_races.check(self, byte, size, lanes, write, m.views, values)
             memory = m.views
-        return memory, byte // size, lanes
+        return memory, byte >> LOG2[size], lanes
+
+    def inside(self, a, size, total, space, what, lanes) -> None:
+        """That addresses lie in a space of so many bytes; as unsigned numbers negative ones are too large."""
+        bad = a.view(np.uint64) > total - size if total >= size else np.ones(len(a), bool)
+        if some(bad):
+            self.fault(f"{what} outside {total} bytes of {space} memory", a, lanes, bad)
 
     def window(self, a) -> str:
         kinds = {"shared": (a >= SHARED_WINDOW) & (a < SHARED_WINDOW + WINDOW), "local": (a >= LOCAL_WINDOW) & (a < LOCAL_WINDOW + WINDOW)}

@@ -21,11 +21,12 @@ from itertools import islice, product
 import numpy as np
 
 from ptx_code import Translator
-from ptx_lanes import Group
+from ptx_lanes import LOG2, Group
 from ptx_meetings import BlockRaces
 from ptx_program import WIDTH, Module, Program, PtxError
 from ptx_races import Races, views
 from ptx_report import Launch, Site, Sparse, Traffic
+from ptx_runtime import every
 
 __all__ = ["ORDERS", "Kernel", "Launch", "PtxError", "Site", "Sparse", "Traffic"]
 
@@ -34,6 +35,11 @@ BASE = 0x7F00_0000_0000  # of global memory
 GUARD = 512  # bytes between two buffers; the buffers themselves are aligned like CUDA's allocator does
 LANES = 16384  # that step together at most
 FUEL = 3_000_000  # basic blocks; a kernel that spins ends here
+
+
+def distinct(a: np.ndarray) -> int:
+    """How many different numbers are in a sorted vector."""
+    return 1 + int(np.count_nonzero(a[1:] != a[:-1]))
 
 
 class Kernel:
@@ -199,7 +205,7 @@ class Machine:
             ok[at : at + a.nbytes] = True
         self.valid = {1: ok}
         for size in (2, 4, 8, 16):
-            self.valid[size] = ok.reshape(-1, size).all(1)
+            ok = self.valid[size] = ok[::2] & ok[1::2]
         self.views = views(self.arena)
         self.read_only = None
         for label, *_ in self.buffers:
@@ -269,18 +275,18 @@ class Machine:
     def count_global(self, group, byte, size, lanes, what) -> None:
         if not len(byte):
             return
-        row = (group.row if lanes is None else group.row[lanes]) >> 5
+        row = (group.row if lanes is None else group.row.take(lanes)) >> 5
         buffer = np.searchsorted(self.buffer_offsets, byte, "right") - 1
-        for i in np.unique(buffer):
+        found = buffer[:1] if every(buffer == buffer[0]) else np.unique(buffer)
+        for i in found.tolist():
             t = self.report.traffic[self.buffer_names[i]]
-            mine = buffer == i
-            b, r = byte[mine], row[mine]
+            b, r = (byte, row) if len(found) == 1 else (byte[buffer == i], row[buffer == i])
             if what == "atomic":
                 t.atomics += len(b)
                 continue
-            requests = len(np.unique(r))
-            pieces = len(np.unique((r << 40) + b // size)) * size
-            sectors = len(np.unique((r << 40) + b // 32)) if size <= 32 else 0
+            places = np.sort((r << 40) + b)
+            requests, pieces = distinct(r), distinct(places >> LOG2[size]) * size
+            sectors = distinct(places >> 5) if size <= 32 else 0
             kind = "load" if what == "load" else "store"
             setattr(t, kind + "_requests", getattr(t, kind + "_requests") + requests)
             setattr(t, kind + "_bytes", getattr(t, kind + "_bytes") + pieces)
@@ -290,14 +296,13 @@ class Machine:
         """32 banks of 4 bytes; 8- and 16-byte accesses go by half and quarter warps."""
         if not len(a):
             return
-        lane = group.lane if lanes is None else group.lane[lanes]
-        row = (group.row if lanes is None else group.row[lanes]) >> 5
+        lane = group.lane if lanes is None else group.lane.take(lanes)
+        row = (group.row if lanes is None else group.row.take(lanes)) >> 5
         part = row * 4 + lane // max(8, 128 // max(size, 4))
-        words = np.unique((part << 32) + a // 4)
-        banks, n = np.unique((words >> 32 << 8) + (words & 31), return_counts=True)
-        most = np.zeros(int(part.max()) + 1, np.int64)
-        np.maximum.at(most, banks >> 8, n)
-        self.report.shared_requests += len(np.unique(part))
+        words = np.sort((part << 32) + (a >> 2))
+        words = words[np.append(True, words[1:] != words[:-1])]
+        most = np.bincount((words >> 32 << 5) + (words & 31), minlength=int(part[-1] + 1) * 32).reshape(-1, 32).max(1)
+        self.report.shared_requests += int(np.count_nonzero(most))
         self.report.shared_wavefronts += int(most.sum())
 
     # Running ------------------------------------------------------------------------------------------------------------

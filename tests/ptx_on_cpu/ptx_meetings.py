@@ -19,6 +19,7 @@ import numpy as np
 
 from ptx_program import PtxError
 from ptx_races import BLOCK_AT, EPOCH_AT, MANY, MANY_BLOCKS, RELEASES_AT, Races
+from ptx_runtime import some
 
 if TYPE_CHECKING:
     from ptx_report import Site
@@ -34,25 +35,28 @@ class Meetings:
 
     def sleep(self, here, after: int, mask) -> None:
         """nanosleep: lanes step aside until they are woken. They wait, though in no barrier."""
-        self.spread()
-        if mask is None:
-            self.pc[:] = after
-        else:
-            self.pc[mask] = after
-        self._aside(np.ones(self.n, bool) if here is None else here)
+        every = np.ones(self.n, bool) if mask is None else mask
+        here = every if here is None else here
+        self._aside(here, after)
+        if some(every & ~here):
+            self.goto(after, every & ~here)
 
-    def _aside(self, lanes) -> None:
+    def _aside(self, lanes, after: int) -> None:
+        self.pc[lanes] = after
         self.asleep |= lanes
         self.waiting |= lanes
-        self.sleeps = True
+        self.sleeps = self.held = True
 
     def wake(self) -> None:
         if self.sleeps:
             self.waiting &= ~self.asleep
+            self.held = some(self.waiting)
+            for b in np.unique(self.pc[self.asleep]).tolist():
+                self.goto(b, self.asleep & (self.pc == b))
             self.asleep[:] = False
             self.sleeps = False
 
-    def halve(self, mask):
+    def halve(self, b: int, mask):
         """Of the lanes at an arrival those that go now; the other blocks' come a round later."""
         if self.m.order == "lockstep" and not self.m.races:
             return mask
@@ -61,7 +65,7 @@ class Meetings:
             return mask
         middle = slots[len(slots) // 2]
         go = mask & ((self.slot >= middle) if self.m.order == "warps-reverse" else (self.slot < middle))
-        self._aside(mask & ~go)
+        self._aside(mask & ~go, b)
         return go
 
     def ld_acquire(self, a, offset, size, space, mask, olds, site: Site):

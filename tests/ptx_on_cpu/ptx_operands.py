@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import re
+from functools import cache
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_program import WIDTH, Block, Instruction, Program
+from ptx_program import WIDTH, Block, Instruction
 from ptx_runtime import RUNTIME
+
+if TYPE_CHECKING:
+    from ptx_code import Translator
 
 __all__ = ["NP", "Emitter"]
 
 NP = {"u": "u", "s": "i", "b": "u", "f": "f"}
 
 
+@cache
+def compiled(text: str) -> CodeType:
+    return next(c for c in compile(text, "<a block of PTX>", "exec").co_consts if isinstance(c, CodeType))
+
+
 class Emitter:
     """Code of one block: what instructions are made of. Their own methods, i_<name> and finish, come with the subclasses."""
 
-    def __init__(self, program: Program, first: int, index: int, masked: bool):
-        self.p, self.first, self.index, self.masked = program, first, index, masked
-        self.block: Block = program.blocks[index]
+    def __init__(self, of: Translator, index: int):
+        self.of, self.p, self.index = of, of.program, index
+        self.block: Block = self.p.blocks[index]
         self.lines: list[str] = []
         self.names = dict(RUNTIME)
         self.views: dict[int, dict[str, str]] = {}
+        self.before: set[int] = set()
+        """Registers whose value from before the block is read."""
+        self.written: dict[int, None] = {}
         self.fresh = 0
 
     # Pieces -------------------------------------------------------------------------------------------------------------
 
-    def function(self):
-        for at in range(self.first, self.index + 1):
-            for k, i in enumerate(self.p.blocks[at].body):
-                self.site = at, k
-                self.translate(i)
+    def function(self) -> tuple:
+        """The function, and which registers its results are: those that other blocks, or this one in its next turn, may read."""
+        for k, i in enumerate(self.block.body):
+            self.site = self.keep((self.index, k))
+            self.translate(i)
         self.finish(self.block.end)
-        text = "def f(g, R, m):\n" + "".join(f"    {line}\n" for line in self.lines)
-        exec(compile(text, f"<block {self.first} of {self.p.name}>", "exec"), self.names)
-        return self.names["f"]
+        out = [k for k in self.written if self.of.within[k] != self.index or k in self.before]
+        results = "".join(f"{self.view(k, self.of.homes[k])}, " for k in out)
+        text = "def f(g, R, m):\n" + "".join(f"    {line}\n" for line in self.lines) + f"    return ({results})\n"
+        return FunctionType(compiled(text), self.names), out
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -47,6 +62,7 @@ class Emitter:
         return name
 
     def keep(self, value) -> str:
+        """A name for a number: blocks that do the same with other registers, constants and targets have the same text."""
         self.fresh += 1
         name = f"K{self.fresh}"
         self.names[name] = value
@@ -64,18 +80,19 @@ class Emitter:
             raise NotImplementedError(f"{i.text} {e}") from None
 
     def execute(self, i: Instruction) -> str | None:
-        """Name of the mask of lanes that execute, or None for all."""
-        base = "m" if self.masked else None
+        """Name of the predicate of lanes that execute, of those in the block's mask; None for all."""
         if not i.guard:
-            return base
+            return None
         p = self.reg(i.guard, "pred")
-        if i.negated:
-            p = f"~{p}"
-        return self.temp(f"{base} & {p}" if base else p)
+        return self.temp(f"~{p}") if i.negated else p
 
-    def guarded(self, ex: str | None) -> str | None:
+    def lanes(self, ex: str | None) -> str:
+        """Of a predicate those in the block's mask."""
+        return "m" if ex is None else f"g.both(m, {ex})"
+
+    def guarded(self, ex: str | None) -> str:
         """The mask of an access to memory: `ex`, unless a mutant lacks the predicate."""
-        return ex if ex in ("m", None) else f"g.guarded({ex}, m, {self.site})"
+        return "m" if ex is None else f"g.guarded({self.lanes(ex)}, m, {self.site})"
 
     # Operands -----------------------------------------------------------------------------------------------------------
 
@@ -98,18 +115,26 @@ class Emitter:
         if name.startswith("!"):
             return f"(~{self.reg(name[1:], tag)})"
         k = self.p.registers[name]
-        views = self.views.setdefault(k, {})
+        if tag not in ("pred", "bf16") and int(tag[1:]) * 8 != self.p.widths[k]:
+            raise NotImplementedError(f"{name} of {self.p.widths[k]} bits read as {tag}")
+        return self.view(k, tag)
+
+    def view(self, k: int, tag: str) -> str:
+        views = self.views.get(k)
+        if views is None:
+            self.before.add(k)
+            views = self.views[k] = {self.of.homes[k]: self.temp(f"R[{self.keep(k)}]")}
         if tag not in views:
-            if tag == "pred":
-                views[tag] = self.temp(f"R[{k}]")
-            elif tag == "bf16":
-                views[tag] = self.temp(f"from_bf16({self.reg(name, 'u2')})")
+            if tag == "bf16":
+                views[tag] = self.temp(f"from_bf16({self.view(k, 'u2')})")
             else:
-                if int(tag[1:]) * 8 != self.p.widths[k]:
-                    raise NotImplementedError(f"{name} of {self.p.widths[k]} bits read as {tag}")
-                first = next((v for t, v in views.items() if t != "bf16"), None)
-                views[tag] = self.temp(f"{first or f'R[{k}]'}.view({tag!r})")
+                first = next(v for t, v in views.items() if t != "bf16")
+                views[tag] = self.temp(f"{first}.view({tag!r})")
         return views[tag]
+
+    def write(self, k: int, tag: str, name: str) -> None:
+        self.written[k] = None
+        self.views[k] = {tag: name}
 
     def constant(self, o: str, tag: str) -> np.generic:
         if tag == "bf16":
@@ -160,13 +185,14 @@ class Emitter:
         if at is not None:
             value = np.dtype(tag).type(at)
         elif o in self.p.parameters:  # its address
-            return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where['parameters'] + {self.p.parameters[o][0]}))")
+            return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where['parameters'] + {self.keep(self.p.parameters[o][0])}))")
         elif o in self.p.constants:
             return self.temp(f"g.const(np.{np.dtype(tag).name}(g.m.where[{o!r}]))")
         else:
             value = self.constant(o, tag)
-        k = self.keep(value)
-        return f"g.const({k})" if vector else k
+        if not vector:
+            return self.keep(value)
+        return f"g.constants[{self.keep((value.dtype.char, value.tobytes()))}]"
 
     def special(self, o: str, tag: str) -> str | None:
         if re.match(r"%(tid|ctaid)\.[xyz]$", o) or o in ("%laneid", "%warpid") or o.startswith("%lanemask_"):
@@ -201,22 +227,19 @@ class Emitter:
             expression, tag = f"({expression}).astype({wide!r})", wide
         elif int(tag[1:]) * 8 != width:
             raise NotImplementedError(f"{tag} into {width} bits")
-        name = self.temp(expression)
         if ex is not None:
-            old = self.reg(dst, tag)
-            name = self.temp(f"where({ex}, {name}, {old})")
-        self.say(f"R[{k}] = {name}")
-        self.views[k] = {tag: name}
+            expression = f"where({ex}, {expression}, {self.reg(dst, tag)})"
+        self.write(k, tag, expression if expression.isidentifier() else self.temp(expression))
 
     def vector(self, o: str) -> list[str]:
         return [x.strip() for x in o.strip("{} ").split(",")] if o.startswith("{") else [o]
 
-    def address(self, o: str) -> tuple[str, int]:
-        """(vector expression, constant offset)"""
+    def address(self, o: str) -> tuple[str, str]:
+        """(vector expression, name of the constant offset)"""
         m = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", o)
         if not m:
             raise NotImplementedError(f"address {o}")
-        offset = int(m[2] or "0", 0)
+        offset = self.keep(int(m[2] or "0", 0))
         if self.is_register(m[1]):
             width = self.p.widths[self.p.registers[m[1]]]
             return self.reg(m[1], f"u{width // 8}"), offset

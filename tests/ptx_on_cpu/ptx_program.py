@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 __all__ = ["Block", "Instruction", "Module", "Program", "PtxError", "WIDTH", "is_arrival", "is_warp_sync"]
 
@@ -21,7 +22,7 @@ class PtxError(RuntimeError):
 @dataclass(slots=True)
 class Instruction:
     op: list[str]
-    operands: list[str]
+    operands: tuple[str, ...]
     text: str
     guard: str = ""
     """Name of the predicate register, or empty."""
@@ -63,7 +64,7 @@ class Program:
     """.maxntid or .reqntid, if there is one."""
     text: str
 
-    @property
+    @cached_property
     def sleeps(self) -> bool:
         """Whether its blocks may wait for each other: nanosleep stands in such loops."""
         return any(b.end is not None and b.end.op[0] == "nanosleep" for b in self.blocks)
@@ -99,16 +100,13 @@ def _braced(text: str, start: int) -> str:
     raise PtxError("unbalanced braces")
 
 
+_OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^]]*\]|\([^)]*\)|[^,{[(])+")
+
+
 def split_operands(text: str) -> list[str]:
-    out, depth, current = [], 0, ""
-    for ch in text:
-        depth += (ch in "{[(") - (ch in "}])")
-        if ch == "," and depth == 0:
-            out.append(current.strip())
-            current = ""
-        else:
-            current += ch
-    return [*out, current.strip()] if current.strip() else out
+    """At commas outside brackets."""
+    found = text.split(",") if not {"{", "[", "("} & set(text) else _OPERAND.findall(text)
+    return [o.strip() for o in found] if text.strip() else []
 
 
 def _align(n: int, to: int) -> int:
@@ -144,6 +142,17 @@ def _initial(kind: str, count: int, values: str) -> bytes:
 _VARIABLE = re.compile(
     r"\.(global|const)\s+(?:\.align\s+(\d+)\s+)?\.([bsuf]\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*(?:=\s*(?:\{([^}]*)\}|([^;]*)))?;"
 )
+
+
+_STATEMENT = re.compile(
+    r"\s*(?:(?P<brace>[{}])|(?P<label>[$\w%]+):(?!:)|\.(?P<note>loc|file|pragma)\b(?P<rest>[^\n;]*);?|(?P<statement>[^;]*);)"
+)
+_INSTRUCTION = re.compile(r"(?:@(!?)\s*(%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+
+
+@cache
+def _parts(op: str) -> list[str]:
+    return op.replace("::cta", "").split(".")
 
 
 class _Builder:
@@ -185,34 +194,23 @@ class _Builder:
 
     def statements(self, body: str):
         """(kind, text): labels, braces and statements in order. Braces of vector operands are no scopes."""
-        at = 0
-        while True:
-            at = re.compile(r"\s*").match(body, at).end()
-            if at >= len(body):
-                return
-            if body[at] in "{}":
-                yield body[at], ""
-                at += 1
-                continue
-            m = re.compile(r"([$\w%]+):(?!:)").match(body, at)
-            if m:
-                yield ":", m[1]
-                at = m.end()
-                continue
-            m = re.compile(r"\.(loc|file|pragma)\b([^\n;]*);?").match(body, at)
-            if m:
-                if m[1] == "pragma":
-                    self.inline = m[2].strip() == "begin"
-                if m[1] == "loc" and not self.inline:
-                    places = re.findall(r"(?:^|inlined_at)\s*(\d+)\s+(\d+)\s+\d+", m[2])
-                    self.line = "<".join(f"{self.files.get(file, file)}:{line}" for file, line in places)
-                at = m.end()
-                continue
-            end = body.find(";", at)
-            if end < 0:
+        at, end = 0, len(body.rstrip())
+        while at < end:
+            m = _STATEMENT.match(body, at)
+            if m is None:
                 raise NotImplementedError(body[at:].strip()[:80])
-            yield ";", " ".join(body[at:end].split())
-            at = end + 1
+            at = m.end()
+            if m["statement"] is not None:
+                yield ";", " ".join(m["statement"].split())
+            elif m["brace"]:
+                yield m["brace"], ""
+            elif m["label"]:
+                yield ":", m["label"]
+            elif m["note"] == "pragma":
+                self.inline = m["rest"].strip() == "begin"
+            elif m["note"] == "loc" and not self.inline:
+                places = re.findall(r"(?:^|inlined_at)\s*(\d+)\s+(\d+)\s+\d+", m["rest"])
+                self.line = "<".join(f"{self.files.get(file, file)}:{line}" for file, line in places)
 
     def build(self, body: str, prefix: str, calls: dict[str, str] | None = None) -> None:
         """Appends `body`; names declared in it get `prefix`; `calls` maps its parameters to the caller's."""
@@ -246,6 +244,9 @@ class _Builder:
                 at = self.start_block()
                 self.labels[label_scope.get(st, st)] = at
                 pending_label = label_scope.get(st, st)
+                continue
+            if not st.startswith("."):
+                self.instruction(renamed(st) if prefix or len(scopes) > 1 else st, st, leave, prefix)
                 continue
             m = re.match(r"\.reg\s+\.(\w+)\s+(.*)", st)
             if m:
@@ -288,22 +289,20 @@ class _Builder:
             if m:
                 self.tables[pending_label] = [label_scope.get(t.strip(), t.strip()) for t in m[1].split(",")]
                 continue
-            if st.startswith("."):
-                raise NotImplementedError(st)
-            self.instruction(renamed(st) if prefix or len(scopes) > 1 else st, st, leave, prefix)
+            raise NotImplementedError(st)
         if prefix:
             self.labels[leave] = self.start_block()
 
     def instruction(self, st: str, original: str, leave: str, prefix: str) -> None:
-        m = re.match(r"(?:@(!?)\s*(%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", st, flags=re.S)
+        m = _INSTRUCTION.match(st)
         if not m:
             raise NotImplementedError(original)
-        negated, guard, op, rest = m[1] == "!", m[2] or "", m[3].replace("::cta", "").split("."), split_operands(m[4])
+        negated, guard, op, rest = m[1] == "!", m[2] or "", _parts(m[3]), tuple(split_operands(m[4]))
         i = Instruction(op, rest, original, guard, negated, self.line)
         if op[0] == "call":
             return self.call(i, prefix)
         if op[0] == "ret" and leave:
-            i = Instruction(["bra"], [leave], original, guard, negated)
+            i = Instruction(["bra"], (leave,), original, guard, negated)
         waits = op[0] in ("bar", "barrier") and "warp" not in op and "arrive" not in op and op[1] != "cluster"
         if is_warp_sync(i) or (self.sleeps and is_arrival(i)):
             self.start_block()

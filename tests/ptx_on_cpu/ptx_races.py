@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptx_program import PtxError
+from ptx_runtime import every, some
 
 __all__ = ["BLOCK_AT", "EPOCH_AT", "MANY", "MANY_BLOCKS", "RELEASES_AT", "SYNC_AT", "Races", "views"]
 
@@ -24,7 +25,7 @@ def views(data: np.ndarray) -> dict[int, np.ndarray]:
 def _alike(a, b, replicas: bool):
     """Equal bits; or float32 as good as equal beside the largest of them, where `replicas` are allowed."""
     same = a == b
-    if replicas and a.dtype.itemsize == 4 and not same.all():
+    if replicas and a.dtype.itemsize == 4 and not every(same):
         x, y = a.view(np.float32), b.view(np.float32)
         largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
         same = same | np.isclose(x, y, rtol=1e-5, atol=2e-6 * largest, equal_nan=True)
@@ -65,18 +66,18 @@ class Races:
         before = self.writes[at]
         bad = self.conflict(before, me)
         if write:
-            if values is not None and bad.any():
+            if values is not None and some(bad):
                 bad &= ~self.unchanged(byte, size, lanes, memory, values, len(bad), group)
             readers = self.readers(at, me)
-            if readers.any():
+            if some(readers):
                 self.report(group, at, readers, lanes, size, "a write after another thread's read")
             self.writes[at] = me
             twice = self.writes[at] != me  # several lanes of this very instruction
-            if twice.any() and values is not None:
+            if some(twice) and values is not None:
                 self.same_values(group, byte, size, lanes, values, at)
         else:
             self.read(at, me)
-        if bad.any():
+        if some(bad):
             self.report(group, at, bad, lanes, size, "a write after another thread's write" if write else "a read after another thread's write")
 
     def readers(self, at, me):
@@ -101,10 +102,10 @@ class Races:
         reads[at] = me | many
         now = reads[at]
         y = now ^ me
-        if ((y & 0x3FF) != 0).any() or ((y >> BLOCK_AT) != 0).any():  # other lanes of this instruction read it too
+        if some((y & 0x3FF != 0) | (y >> BLOCK_AT != 0)):  # other lanes of this instruction read it too
             w, x_, z = (y & 0x1F) != 0, (y & 0x3E0) != 0, (y >> BLOCK_AT) != 0
             for flag, where in ((_MANY_WARP, w), (_MANY, x_), (MANY_BLOCKS, z)):
-                if where.any():
+                if some(where):
                     reads[at[where]] |= flag
 
     def unchanged(self, byte, size, lanes, memory, values, total, group):
@@ -122,7 +123,7 @@ class Races:
         for v in values:
             w = (v if lanes is None else v[lanes]).view(f"u{n}")[order]
             differ = ~_alike(w[twins], w[twins + 1], group.m.replicas)
-            if differ.any():
+            if some(differ):
                 bad = np.zeros(len(at), bool)
                 bad[int(order[twins[differ][0]]) * max(1, size // self.g)] = True
                 self.report(group, at, bad, lanes, size, "two lanes of one store write different values")

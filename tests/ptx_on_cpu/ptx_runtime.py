@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["RUNTIME", "fma", "from_bf16", "to_bf16", "to_integer"]
+__all__ = ["RUNTIME", "every", "fma", "from_bf16", "some", "to_bf16", "to_integer"]
+
+
+def some(b) -> bool:
+    """Whether any is true; NumPy's own any takes ten times as long on the few lanes of a block."""
+    return b"\1" in b.tobytes()
+
+
+def every(b) -> bool:
+    return b"\0" not in b.tobytes()
 
 
 def from_bf16(h):

@@ -6,8 +6,14 @@ import numpy as np
 
 from ptx_program import PtxError
 from ptx_races import SYNC_AT
+from ptx_runtime import every, some
 
-__all__ = ["Warps"]
+__all__ = ["Warps", "bits"]
+
+
+def bits(lanes: np.ndarray) -> np.ndarray:
+    """Of each warp its lanes as the bits of one number."""
+    return np.packbits(lanes, bitorder="little").view(np.uint32)
 
 
 class Warps:
@@ -17,26 +23,19 @@ class Warps:
 
     def lanes_of_mask(self, mask_reg, mask, what) -> None:
         """The lanes named in the instruction's mask are exactly those that are here."""
-        names = mask_reg if isinstance(mask_reg, np.ndarray) else None
-        if mask is None:
-            if names is None:
-                if int(mask_reg) & 0xFFFFFFFF == 0xFFFFFFFF:
-                    return
-                raise PtxError(f"{what}: mask {int(mask_reg):#x}, but all 32 lanes are here (divergence)")
-            if (names == np.uint32(0xFFFFFFFF)).all():
+        if mask is None and not isinstance(mask_reg, np.ndarray):
+            if int(mask_reg) & 0xFFFFFFFF == 0xFFFFFFFF:
                 return
+            raise PtxError(f"{what}: mask {int(mask_reg):#x}, but all 32 lanes are here (divergence)")
+        if mask is None and every(mask_reg == np.uint32(0xFFFFFFFF)):
+            return
         here = np.ones(self.n, bool) if mask is None else mask
-        bits = np.where(here, np.uint64(1) << self.lane.astype(np.uint64), np.uint64(0)).reshape(-1, 32).sum(1).astype(np.uint32)
-        have = np.repeat(bits, 32)
-        want = np.full(self.n, mask_reg, np.uint32) if names is None else names
-        # A mask may name lanes the block does not have.
-        exist = np.repeat(
-            np.where(self.lin < self.m.threads, np.uint64(1) << self.lane.astype(np.uint64), np.uint64(0)).reshape(-1, 32).sum(1).astype(np.uint32), 32
-        )
-        bad = here & ((want & exist) != have)
-        if bad.any():
+        have = np.repeat(bits(here), 32)
+        bad = here & ((mask_reg & self.exist) != have)
+        if some(bad):
             i = int(np.nonzero(bad)[0][0])
-            raise PtxError(f"{what}: mask {int(want[i]):#x}, but lanes {int(have[i]):#x} are here (divergence)")
+            want = mask_reg[i] if isinstance(mask_reg, np.ndarray) else mask_reg
+            raise PtxError(f"{what}: mask {int(want):#x}, but lanes {int(have[i]):#x} are here (divergence)")
 
     def shfl(self, kind, v, b, c, member, mask, site):
         """(values, in range)"""
@@ -44,6 +43,20 @@ class Warps:
         if self.m.without == site:
             return v, np.ones(self.n, bool)
         self.lanes_of_mask(member, mask, "shfl.sync")
+        key = kind, b.tobytes(), c.tobytes()  # mostly constants, though in registers
+        if key not in self.shuffles:
+            if len(self.shuffles) == 64:
+                self.shuffles.clear()
+            self.shuffles[key] = self.sources(kind, b, c)
+        src, ok = self.shuffles[key]
+        if mask is not None:
+            bad = mask & ~mask.take(src)
+            if some(bad):
+                raise PtxError(f"shfl.sync reads lane {int(src[bad][0] & 31)}, which does not take part")
+        return v.take(src), ok
+
+    def sources(self, kind, b, c):
+        """Which lanes a shuffle reads, and whether they are in range."""
         lane = self.lane
         b = np.asarray(b, np.int64) & 31
         c = np.asarray(c, np.int64)
@@ -61,17 +74,10 @@ class Warps:
         else:
             src = least | (b & ~seg)
             ok = src <= most
-        src = np.where(ok, src, lane) + self.row
-        if mask is not None:
-            bad = mask & ~mask[src]
-            if bad.any():
-                raise PtxError(f"shfl.sync reads lane {int(src[bad][0] & 31)}, which does not take part")
-        return v[src], np.broadcast_to(ok, (self.n,)).copy()
+        return np.where(ok, src, lane) + self.row, np.broadcast_to(ok, (self.n,)).copy()
 
     def ballot(self, p, mask):
-        q = p if mask is None else p & mask
-        bits = np.where(q, np.uint64(1) << self.lane.astype(np.uint64), np.uint64(0)).reshape(-1, 32).sum(1).astype(np.uint32)
-        return np.repeat(bits, 32)
+        return np.repeat(bits(p if mask is None else p & mask), 32)
 
     def vote(self, kind, p, member, mask):
         if member is not None:
@@ -166,8 +172,10 @@ class Warps:
             self.m.shared_races.check(self, byte[lanes], 16, lanes, write, self.m.shared_views, None)
         return byte // 16, takes
 
-    def mma(self, shape, a_type, b_type, A, B, C):
+    def mma(self, shape, a_type, b_type, A, B, C, mask):
         """D of D = A @ B + C; float32 accumulators. A, B: lists of u32 vectors; C: of float32."""
+        if mask is not None:
+            raise NotImplementedError("mma in part of a warp")
         t = np.arange(32)
         g, q = t >> 2, t & 3
         W = self.n // 32
