@@ -1,5 +1,5 @@
 // Blocks of memory for large tensors and scratch. What is given back is kept for what comes next: a fresh block costs the system a fault and a pass of
-// zeros for every page, which was a third of an operator's time on memories past the caches. No torch header and no inline function: kernel files
+// zeros for every page, which can take as long as the operator itself. No torch header and no inline function: kernel files
 // include this.
 #pragma once
 

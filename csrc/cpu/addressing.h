@@ -6,7 +6,7 @@
 
 #include "blocks.h"
 #include "kept.h"
-#include "rows.h"
+#include "rows_stream.h"
 
 namespace memcore {
 namespace MC_ISA {

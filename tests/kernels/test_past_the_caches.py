@@ -1,4 +1,4 @@
-"""Memories whose successor or gradient is stored past the caches, by rows (csrc/cpu/rows.h): a batch of them beside its items alone, which are small
+"""Memories whose successor or gradient is stored past the caches, by rows (csrc/cpu/rows_stream.h): a batch of them beside its items alone, which are small
 enough for the other forms of the kernels. Nothing may differ by a bit."""
 
 import re
