@@ -59,6 +59,15 @@ int isa() {
   return level;
 }
 
+bool reads_ahead() {
+#ifdef MC_HAS_AVX2
+  static const bool does = __builtin_cpu_is("amd") && supported(kAvx512);
+  return does;
+#else
+  return false;
+#endif
+}
+
 namespace {
 
 std::string cpu_isa() { return kNames[isa()]; }

@@ -154,6 +154,8 @@ template <class C> struct Sequence {
     if (!a.spread || rows * b.K * b.Np < 500000) return product<ADD>(c, ldc, start, in, ldi, rows, b);
     each((b.Np + b.P - 1) / b.P, [&](int64_t i) { product_panel<ADD>(c, ldc, start, in, ldi, rows, b, i * b.P); });
   }
+  // Whether memories go past the caches.
+  bool past() const { return a.B * a.N * a.W * (int64_t)sizeof(C) >= kStreamBytes; }
   // To where only the backward reads it again: past the caches, if they do not hold all of these copies.
   void keep_memory(C* to, const C* from) const {
     const bool past = (a.T - 1) / a.every * a.B * M * (int64_t)sizeof(C) > 16 << 20;
@@ -179,9 +181,9 @@ template <class C> struct Sequence {
       C *rows = m + t * a.W * L, *found = sums_of(i, reads, a.R * Wp);
       const C *wr = s.weights + t * L, *ww = wr + a.R * Np;
       if (fused) return tile_write_read(rows, n, a.W, ww, p.erase, p.add, wr, Np, a.R, found, Wp, scratch + i * room());
-      if (!a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp);
+      if (!a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp, scratch + i * room());
       if (a.Hw > 0) tile_erase_add(rows, rows, n, a.W, ww, Np, a.Hw, p.erase, p.add, Wp);
-      if (a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp);
+      if (a.write_first) tile_gather(rows, n, a.W, wr, Np, a.R, found, Wp, scratch + i * room());
     });
     add_parts(reads, a.R * Wp);
     narrow_rows(to, reads, a.R, a.W, Wp);
@@ -251,7 +253,7 @@ template <class C> struct Sequence {
     C* after = (C*)a.state_out;
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i, steps = a.lengths ? a.lengths[b] : a.T;
-      from_tiles((C*)a.memory_out + b * a.N * a.W, current + i * M, a.N, a.W);
+      from_tiles((C*)a.memory_out + b * a.N * a.W, current + i * M, a.N, a.W, past());
       narrow_rows((C*)a.weights_out + b * H * a.N, previous(steps, b, i), H, a.N, Np);
       copy((C*)a.reads_out + b * F, feedback + i * F, F);
       for (int64_t j = 0; a.lstm && j < a.layers; j++)
@@ -425,7 +427,7 @@ template <class C> struct Sequence {
     }
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
-      from_tiles((C*)a.dmemory + b * a.N * a.W, current + i * M, a.N, a.W);
+      from_tiles((C*)a.dmemory + b * a.N * a.W, current + i * M, a.N, a.W, past());
       narrow_rows((C*)a.dweights + b * H * a.N, carried + i * H * Np, H, a.N, Np);
       copy((C*)a.dreads + b * F, dfeedback + i * F, F);
       for (int64_t j = 0; a.lstm && j < a.layers; j++)

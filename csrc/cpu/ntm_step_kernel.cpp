@@ -20,6 +20,7 @@ template <class T> struct Step {
   Pieces<C> p, d;
   int64_t H, I, Np, Wp, step;
   bool fused;
+  const bool asks = !reads_ahead();  // for rows and what they are written to
   C *x, *dx, *reads, *block, *next;
   C *dw, *dprevious, *own, *key_own, *dreads, *grad, *found, *drows, *scratch;
 
@@ -57,7 +58,7 @@ template <class T> struct Step {
     for (int64_t i = 0; i < a.N; i += step) {
       const int64_t n = passes.second(i);
       const int64_t rows = a.N - n < step ? a.N - n : step;
-      passes.ask_next(a.memory, b, n, rows);
+      if (asks) passes.ask_next(a.memory, b, n, rows);
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       T* to = (T*)a.written + (b * a.N + n) * a.W;
       if constexpr (__is_same(T, C))
@@ -66,7 +67,7 @@ template <class T> struct Step {
           continue;
         }
       C* out = sink.place(to, next);
-      if (sink.direct() && passes.after(n) >= 0) prefetch<true>(to + (passes.after(n) - n) * a.W, step * a.W * (int64_t)sizeof(T));
+      if (asks && sink.direct() && passes.after(n) >= 0) prefetch<true>(to + (passes.after(n) - n) * a.W, step * a.W * (int64_t)sizeof(T));
       if (fused) {
         write_read(out, m, rows, a.W, s.weights + a.R * Np + n, p.erase, p.add, s.weights + n, Np, a.R, reads, Wp);
         sink.finish(to, out, rows * a.W);
@@ -81,7 +82,7 @@ template <class T> struct Step {
   }
 
   void backward(int64_t b) {
-    if (passes.ahead && a.grad_written) fetch((const T*)a.grad_written + b * a.N * a.W, a.N * a.W * (int64_t)sizeof(T));
+    if (asks && passes.ahead && a.grad_written) fetch((const T*)a.grad_written + b * a.N * a.W, a.N * a.W * (int64_t)sizeof(T));
     address<true>(b);
     if (a.grad_weights) widen_rows(dw, (const T*)a.grad_weights + b * H * a.N, H, a.N, Np);
     else fill(dw, H * Np, (C)0);
@@ -100,9 +101,9 @@ template <class T> struct Step {
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
       passes.ask_after(a.memory, b, n);
       C* dm = grown + n * a.W;
-      if (passes.after(n) >= 0) prefetch<true>(grown + passes.after(n) * a.W, step * a.W * (int64_t)sizeof(C));
+      if (asks && passes.after(n) >= 0) prefetch<true>(grown + passes.after(n) * a.W, step * a.W * (int64_t)sizeof(C));
       const C* g = nullptr;
-      if (a.grad_written && passes.after(n) >= 0)
+      if (asks && a.grad_written && passes.after(n) >= 0)
         prefetch<false>((const T*)a.grad_written + (b * a.N + passes.after(n)) * a.W, step * a.W * (int64_t)sizeof(T));
       if (a.grad_written) g = widened((const T*)a.grad_written + (b * a.N + n) * a.W, rows * a.W, grad);
       if (fused && reading && g) {
@@ -140,8 +141,8 @@ template <class T> struct Step {
     for (int64_t i = 0; i < a.N; i += step) {
       const int64_t n = passes.third(i), rows = a.N - n < step ? a.N - n : step;
       const C* m = widened(memory(b) + n * a.W, rows * a.W, block);
-      passes.ask_next(a.memory, b, n, rows);
-      if (a.grad_written) passes.ask_next(a.grad_written, b, n, rows);
+      if (asks) passes.ask_next(a.memory, b, n, rows);
+      if (asks && a.grad_written) passes.ask_next(a.grad_written, b, n, rows);
       similarity_rows_to<T>(sink, dmemory + n * a.W, s.similar, m, n, rows, grown + n * a.W, dw, own, d.key, next);
     }
     for (int64_t h = 0; h < H; h++)

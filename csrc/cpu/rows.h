@@ -10,6 +10,7 @@
 // rows_stream.h has the same for rows that go past the caches.
 #pragma once
 
+#include "isa.h"
 #include "vec.h"
 
 namespace memcore {
@@ -38,7 +39,7 @@ constexpr int64_t kAskBytes = 1 << 20;
 template <class T> class RowSource {
  public:
   typedef Acc<T> C;
-  explicit RowSource(int64_t elements) : ask_(elements * (int64_t)sizeof(T) >= kAskBytes) {}
+  explicit RowSource(int64_t elements) : ask_(elements * (int64_t)sizeof(T) >= kAskBytes && !reads_ahead()) {}
 
   MC_INLINE const C* take(const T* rows, int64_t count, C* scratch) const {
     const int64_t size = count * (int64_t)sizeof(T), most = size < 2 * kBlockBytes ? size : 2 * kBlockBytes;

@@ -10,15 +10,22 @@
 namespace memcore {
 namespace MC_ISA {
 
-constexpr int64_t kTileGroup = 16;  // tiles that one sweep over the columns takes
-
+// Rows of a tile lie too far apart for a processor to take them for a stream: those of the tile after the next are asked for.
 template <class C> inline void to_tiles(C* tiles, const C* rows, int64_t N, int64_t W) {
   constexpr int L = Lanes<C>::n;
-  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L) columns_to_vectors(tiles, L, rows, W, N - n, W);
+  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L) {
+    if (n + 3 * L <= N) fetch(rows + 2 * W * L, W * kBytes);
+    columns_to_vectors(tiles, L, rows, W, N - n, W);
+  }
 }
-template <class C> inline void from_tiles(C* rows, const C* tiles, int64_t N, int64_t W) {
+// With `past` past the caches, if rows are whole vectors and aligned to them.
+template <class C> inline void from_tiles(C* rows, const C* tiles, int64_t N, int64_t W, bool past) {
   constexpr int L = Lanes<C>::n;
-  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L) vectors_to_columns(rows, W, tiles, L, N - n, W);
+  past = past && W % L == 0 && (uintptr_t)rows % kBytes == 0;
+  for (int64_t n = 0; n < N; n += L, tiles += W * L, rows += W * L)
+    if (past) vectors_to_columns<true>(rows, W, tiles, L, N - n, W);
+    else vectors_to_columns<false>(rows, W, tiles, L, N - n, W);
+  if (past) stream_fence();
 }
 
 // f(Number<n>) for 0 <= n <= 5, so that n is known at compile time.
@@ -34,18 +41,9 @@ template <class F> MC_INLINE void with_count(int64_t n, F f) {
 }
 constexpr int64_t kMostHeads = 5;  // that one sweep takes
 
-// f(first column, Number<how many>) over all columns, B at a time.
-template <int B, class F> MC_INLINE void over_columns(int64_t W, F f) {
-  int64_t w = 0;
-  for (; w + B <= W; w += B) f(w, Number<B>{});
-  if constexpr (B > 2)
-    for (; w + 2 <= W; w += 2) f(w, Number<2>{});
-  for (; w < W; w++) f(w, Number<1>{});
-}
-
-// With few registers several heads' sums down the slots do not stay in them. Then memories are swept in the order they lie in, some tiles at a
-// time, and the sums of every column wait in `scratch`: kMostHeads (two for a write head) vectors a column.
-template <int H> constexpr bool kInOrder = kBytes < 64 && H > 1;
+// Sums down the slots: memories are swept in the order they lie in, some tiles at a time, and the sums of every column wait in `scratch`, kMostHeads
+// (two for a write head) vectors a column. To keep a few columns' sums in registers instead would read lines a tile apart, most of which fall on the same
+// sets of the first cache when a tile is a page.
 template <class C> MC_INLINE int64_t tile_scratch(int64_t W) { return kMostHeads * W * Lanes<C>::n; }
 
 // sweep(first tile, Number<how many>) over all tiles, B at a time; `sums` holds n vectors a column, whose sums put(column, n numbers) gets.
@@ -112,36 +110,30 @@ template <class C> inline void tile_dots(const C* m, int64_t tiles, int64_t W, c
 }
 
 // r[h][w] += sum over n of c[h][n] m[n][w].
-template <class C> inline void tile_gather(const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, C* r, int64_t ldr) {
+template <class C> inline void tile_gather(const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, int64_t H, C* r, int64_t ldr, C* scratch) {
   constexpr int L = Lanes<C>::n;
   for (int64_t h = 0; h < H; h += kMostHeads)
     with_count(H - h < kMostHeads ? H - h : kMostHeads, [&](auto heads) MC_INLINED {
       constexpr int HB = heads.value > 0 ? heads.value : 1;
-      const C* ch = c + h * ldc;
-      for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
-        const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-        over_columns<HB <= 2 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
-          constexpr int B = columns.value;
-          Vec<C> acc[HB * B];
-#pragma GCC unroll 16
-          for (int i = 0; i < HB * B; i++) acc[i] = Vec<C>{};
-          for (int64_t t = t0; t < t1; t++) {
-            Vec<C> v[B];
+      const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
+        constexpr int B = count.value;
+        for (int64_t w = 0; w < W; w++) {
+          Vec<C> v[B];
 #pragma GCC unroll 4
-            for (int j = 0; j < B; j++) v[j] = load(m + (t * W + w + j) * L);
+          for (int t = 0; t < B; t++) v[t] = load(m + ((t0 + t) * W + w) * L);
 #pragma GCC unroll 8
-            for (int i = 0; i < HB; i++) {
-              const Vec<C> x = load(ch + i * ldc + t * L);
+          for (int i = 0; i < HB; i++) {
+            C* to = scratch + (w * HB + i) * L;
+            Vec<C> acc = load(to);
 #pragma GCC unroll 4
-              for (int j = 0; j < B; j++) acc[i * B + j] += x * v[j];
-            }
+            for (int t = 0; t < B; t++) acc += load(c + (h + i) * ldc + (t0 + t) * L) * v[t];
+            store(to, acc);
           }
-          C sums[HB * B + 4];
-          sum_all<HB * B>(acc, sums);
-          for (int i = 0; i < HB; i++)
-            for (int j = 0; j < B; j++) r[(h + i) * ldr + w + j] += sums[i * B + j];
-        });
-      }
+        }
+      };
+      in_order<HB, 4>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
+        for (int i = 0; i < HB; i++) r[(h + i) * ldr + w] += found[i];
+      });
     });
 }
 
@@ -192,67 +184,34 @@ template <int R, class C>
 MC_INLINE void tile_write_read_of(
     C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, C* r, int64_t ldr, C* scratch) {
   constexpr int L = Lanes<C>::n;
-  if constexpr (kInOrder<R>) {
-    const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
-      constexpr int B = count.value;
-      C* mt = m + t0 * W * L;
-      Vec<C> x[B];
+  const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
+    constexpr int B = count.value;
+    C* mt = m + t0 * W * L;
+    Vec<C> x[B];
 #pragma GCC unroll 4
-      for (int t = 0; t < B; t++) x[t] = load(c + (t0 + t) * L);
-      for (int64_t w = 0; w < W; w++) {
-        const Vec<C> ev = splat(e[w]), av = splat(a[w]);
-        Vec<C> v[B];
+    for (int t = 0; t < B; t++) x[t] = load(c + (t0 + t) * L);
+    for (int64_t w = 0; w < W; w++) {
+      const Vec<C> ev = splat(e[w]), av = splat(a[w]);
+      Vec<C> v[B];
 #pragma GCC unroll 4
-        for (int t = 0; t < B; t++) {
-          C* at = mt + (t * W + w) * L;
-          v[t] = load(at) * (1 - x[t] * ev) + x[t] * av;
-          store(at, v[t]);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) {
-          C* to = scratch + (w * R + i) * L;
-          Vec<C> acc = load(to);
-#pragma GCC unroll 4
-          for (int t = 0; t < B; t++) acc += load(k + i * ldk + (t0 + t) * L) * v[t];
-          store(to, acc);
-        }
+      for (int t = 0; t < B; t++) {
+        C* at = mt + (t * W + w) * L;
+        v[t] = load(at) * (1 - x[t] * ev) + x[t] * av;
+        store(at, v[t]);
       }
-    };
-    return in_order<R, 4>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
-      for (int i = 0; i < R; i++) r[i * ldr + w] += found[i];
-    });
-  }
-  for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
-    const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-    over_columns<R <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
-      constexpr int B = columns.value;
-      Vec<C> acc[R * B], ev[B], av[B];
-#pragma GCC unroll 16
-      for (int i = 0; i < R * B; i++) acc[i] = Vec<C>{};
-#pragma GCC unroll 4
-      for (int j = 0; j < B; j++) ev[j] = splat(e[w + j]), av[j] = splat(a[w + j]);
-      for (int64_t t = t0; t < t1; t++) {
-        const Vec<C> x = load(c + t * L);
-        Vec<C> v[B];
-#pragma GCC unroll 4
-        for (int j = 0; j < B; j++) {
-          C* at = m + (t * W + w + j) * L;
-          v[j] = load(at) * (1 - x * ev[j]) + x * av[j];
-          store(at, v[j]);
-        }
 #pragma GCC unroll 8
-        for (int i = 0; i < R; i++) {
-          const Vec<C> y = load(k + i * ldk + t * L);
+      for (int i = 0; i < R; i++) {
+        C* to = scratch + (w * R + i) * L;
+        Vec<C> acc = load(to);
 #pragma GCC unroll 4
-          for (int j = 0; j < B; j++) acc[i * B + j] += y * v[j];
-        }
+        for (int t = 0; t < B; t++) acc += load(k + i * ldk + (t0 + t) * L) * v[t];
+        store(to, acc);
       }
-      C sums[R * B + 4];
-      sum_all<R * B>(acc, sums);
-      for (int i = 0; i < R; i++)
-        for (int j = 0; j < B; j++) r[i * ldr + w + j] += sums[i * B + j];
-    });
-  }
+    }
+  };
+  in_order<R, 4>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
+    for (int i = 0; i < R; i++) r[i * ldr + w] += found[i];
+  });
 }
 template <class C>
 inline void tile_write_read(
@@ -268,73 +227,48 @@ MC_INLINE void tile_write_read_backward_of(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, const C* e, const C* a, const C* k, int64_t ldk, const C* dr, int64_t ldr, C* dk,
     C* dc, C* de, C* da, C* scratch) {
   constexpr int L = Lanes<C>::n;
-  if constexpr (kInOrder<R>) {
-    const auto sweep = [&](int64_t t, auto) MC_INLINED {
-      const Vec<C> x = load(c + t * L);
-      Vec<C> dx = load(dc + t * L), dy[R];
+  const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
+    constexpr int B = count.value;
+    Vec<C> x[B], dx[B], y[R > 0 ? R : 1][B], dy[R > 0 ? R : 1][B];
+#pragma GCC unroll 2
+    for (int t = 0; t < B; t++) {
+      x[t] = load(c + (t0 + t) * L), dx[t] = load(dc + (t0 + t) * L);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; i++) dy[i] = load(dk + i * ldk + t * L);
-      for (int64_t w = 0; w < W; w++) {
-        const int64_t at = (t * W + w) * L;
-        C* to = scratch + 2 * w * L;
-        const Vec<C> ev = splat(e[w]), av = splat(a[w]), mv = load(m + at), f = 1 - x * ev, v = mv * f + x * av;
-        Vec<C> gv = load(g + at);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) {
-          const Vec<C> d = splat(dr[i * ldr + w]);
-          dy[i] += d * v;
-          gv += load(k + i * ldk + t * L) * d;
-        }
-        const Vec<C> xg = x * gv;
-        dx += gv * (av - ev * mv);
-        store(to, load(to) - xg * mv);
-        store(to + L, load(to + L) + xg);
-        store(g + at, gv * f);
+      for (int i = 0; i < R; i++) y[i][t] = load(k + i * ldk + (t0 + t) * L), dy[i][t] = load(dk + i * ldk + (t0 + t) * L);
+    }
+    for (int64_t w = 0; w < W; w++) {
+      C* to = scratch + 2 * w * L;
+      const Vec<C> ev = splat(e[w]), av = splat(a[w]);
+      Vec<C> v[B], gv[B], f[B], mv[B], de_sum = load(to), da_sum = load(to + L);
+#pragma GCC unroll 2
+      for (int t = 0; t < B; t++) {
+        const int64_t at = ((t0 + t) * W + w) * L;
+        mv[t] = load(m + at), f[t] = 1 - x[t] * ev, v[t] = mv[t] * f[t] + x[t] * av, gv[t] = load(g + at);
       }
-      store(dc + t * L, dx);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; i++) store(dk + i * ldk + t * L, dy[i]);
-    };
-    return in_order<2, 1>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED { de[w] += found[0], da[w] += found[1]; });
-  }
-  for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
-    const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-    over_columns<R <= 1 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
-      constexpr int B = columns.value;
-      Vec<C> ev[B], av[B], sums[2 * B];  // of de, of da
-#pragma GCC unroll 4
-      for (int j = 0; j < B; j++) ev[j] = splat(e[w + j]), av[j] = splat(a[w + j]), sums[j] = sums[B + j] = Vec<C>{};
-      for (int64_t t = t0; t < t1; t++) {
-        const Vec<C> x = load(c + t * L);
-        Vec<C> y[R > 0 ? R : 1], dy[R > 0 ? R : 1], dx = load(dc + t * L);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) y[i] = load(k + i * ldk + t * L), dy[i] = load(dk + i * ldk + t * L);
-#pragma GCC unroll 4
-        for (int j = 0; j < B; j++) {
-          const int64_t at = (t * W + w + j) * L;
-          const Vec<C> mv = load(m + at), f = 1 - x * ev[j], v = mv * f + x * av[j];
-          Vec<C> gv = load(g + at);
-#pragma GCC unroll 8
-          for (int i = 0; i < R; i++) {
-            const Vec<C> d = splat(dr[i * ldr + w + j]);
-            dy[i] += d * v;
-            gv += y[i] * d;
-          }
-          const Vec<C> xg = x * gv;
-          dx += gv * (av[j] - ev[j] * mv);
-          sums[j] -= xg * mv;
-          sums[B + j] += xg;
-          store(g + at, gv * f);
-        }
-        store(dc + t * L, dx);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) store(dk + i * ldk + t * L, dy[i]);
+      for (int i = 0; i < R; i++) {
+        const Vec<C> d = splat(dr[i * ldr + w]);
+#pragma GCC unroll 2
+        for (int t = 0; t < B; t++) dy[i][t] += d * v[t], gv[t] += y[i][t] * d;
       }
-      C found[2 * B + 4];
-      sum_all<2 * B>(sums, found);
-      for (int j = 0; j < B; j++) de[w + j] += found[j], da[w + j] += found[B + j];
-    });
-  }
+#pragma GCC unroll 2
+      for (int t = 0; t < B; t++) {
+        const Vec<C> xg = x[t] * gv[t];
+        dx[t] += gv[t] * (av - ev * mv[t]);
+        de_sum -= xg * mv[t];
+        da_sum += xg;
+        store(g + ((t0 + t) * W + w) * L, gv[t] * f[t]);
+      }
+      store(to, de_sum), store(to + L, da_sum);
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < B; t++) {
+      store(dc + (t0 + t) * L, dx[t]);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) store(dk + i * ldk + (t0 + t) * L, dy[i][t]);
+    }
+  };
+  in_order<2, kBytes == 64 ? 2 : 1>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED { de[w] += found[0], da[w] += found[1]; });
 }
 template <class C>
 inline void tile_write_read_backward(
@@ -385,69 +319,37 @@ template <int HB, bool OWN, class C>
 MC_INLINE void tile_pull_push_of(
     C* g, const C* m, int64_t tiles, int64_t W, const C* c, int64_t ldc, const C* key, C* dkey, int64_t ldk, const C* own, C* scratch) {
   constexpr int L = Lanes<C>::n;
-  if constexpr (kInOrder<HB - 1>) {
-    const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
-      constexpr int B = count.value;
-      Vec<C> x[HB][B];
+  const auto sweep = [&](int64_t t0, auto count) MC_INLINED {
+    constexpr int B = count.value;
+    Vec<C> x[HB][B];
 #pragma GCC unroll 8
-      for (int i = 0; i < HB; i++)
+    for (int i = 0; i < HB; i++)
 #pragma GCC unroll 4
-        for (int t = 0; t < B; t++) x[i][t] = load(c + i * ldc + (t0 + t) * L);
-      for (int64_t w = 0; w < W; w++) {
-        Vec<C> mv[B], gv[B];
+      for (int t = 0; t < B; t++) x[i][t] = load(c + i * ldc + (t0 + t) * L);
+    for (int64_t w = 0; w < W; w++) {
+      Vec<C> mv[B], gv[B];
 #pragma GCC unroll 4
-        for (int t = 0; t < B; t++) {
-          const int64_t at = ((t0 + t) * W + w) * L;
-          mv[t] = load(m + at), gv[t] = load(g + at);
-          if (OWN) gv[t] -= load(own + (t0 + t) * L) * mv[t];
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < HB; i++) {
-          C* to = scratch + (w * HB + i) * L;
-          const Vec<C> kv = splat(key[i * ldk + w]);
-          Vec<C> acc = load(to);
-#pragma GCC unroll 4
-          for (int t = 0; t < B; t++) gv[t] += x[i][t] * kv, acc += x[i][t] * mv[t];
-          store(to, acc);
-        }
-#pragma GCC unroll 4
-        for (int t = 0; t < B; t++) store(g + ((t0 + t) * W + w) * L, gv[t]);
+      for (int t = 0; t < B; t++) {
+        const int64_t at = ((t0 + t) * W + w) * L;
+        mv[t] = load(m + at), gv[t] = load(g + at);
+        if (OWN) gv[t] -= load(own + (t0 + t) * L) * mv[t];
       }
-    };
-    return in_order<HB, 2>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
-      for (int i = 0; i < HB; i++) dkey[i * ldk + w] += found[i];
-    });
-  }
-  for (int64_t t0 = 0; t0 < tiles; t0 += kTileGroup) {
-    const int64_t t1 = tiles - t0 < kTileGroup ? tiles : t0 + kTileGroup;
-    over_columns<HB <= 2 && kBytes == 64 ? 4 : 2>(W, [&](int64_t w, auto columns) MC_INLINED {
-      constexpr int B = columns.value;
-      Vec<C> acc[HB * B], kv[HB * B];
 #pragma GCC unroll 8
-      for (int i = 0; i < HB; i++)
+      for (int i = 0; i < HB; i++) {
+        C* to = scratch + (w * HB + i) * L;
+        const Vec<C> kv = splat(key[i * ldk + w]);
+        Vec<C> acc = load(to);
 #pragma GCC unroll 4
-        for (int j = 0; j < B; j++) kv[i * B + j] = splat(key[i * ldk + w + j]), acc[i * B + j] = Vec<C>{};
-      for (int64_t t = t0; t < t1; t++) {
-        Vec<C> x[HB], s = OWN ? load(own + t * L) : Vec<C>{};
-#pragma GCC unroll 8
-        for (int i = 0; i < HB; i++) x[i] = load(c + i * ldc + t * L);
-#pragma GCC unroll 4
-        for (int j = 0; j < B; j++) {
-          const int64_t at = (t * W + w + j) * L;
-          const Vec<C> mv = load(m + at);
-          Vec<C> gv = load(g + at);
-          if (OWN) gv -= s * mv;
-#pragma GCC unroll 8
-          for (int i = 0; i < HB; i++) gv += x[i] * kv[i * B + j], acc[i * B + j] += x[i] * mv;
-          store(g + at, gv);
-        }
+        for (int t = 0; t < B; t++) gv[t] += x[i][t] * kv, acc += x[i][t] * mv[t];
+        store(to, acc);
       }
-      C sums[HB * B + 4];
-      sum_all<HB * B>(acc, sums);
-      for (int i = 0; i < HB; i++)
-        for (int j = 0; j < B; j++) dkey[i * ldk + w + j] += sums[i * B + j];
-    });
-  }
+#pragma GCC unroll 4
+      for (int t = 0; t < B; t++) store(g + ((t0 + t) * W + w) * L, gv[t]);
+    }
+  };
+  in_order<HB, kBytes == 64 ? 4 : 2>(tiles, W, scratch, sweep, [&](int64_t w, const C* found) MC_INLINED {
+    for (int i = 0; i < HB; i++) dkey[i * ldk + w] += found[i];
+  });
 }
 template <class C>
 inline void tile_pull_push(

@@ -47,8 +47,8 @@ template <class C> inline void columns_to_vectors(C* to, int64_t ldt, const C* f
       if (i < n) store(to + (w + i) * ldt, v[i]);
   }
 }
-// The way back: from[i ldf + w] = to[w ldt + i].
-template <class C> inline void vectors_to_columns(C* from, int64_t ldf, const C* to, int64_t ldt, int64_t rows, int64_t W) {
+// The way back: from[i ldf + w] = to[w ldt + i]; PAST the caches, where whole vectors are stored to aligned places.
+template <bool PAST = false, class C> inline void vectors_to_columns(C* from, int64_t ldf, const C* to, int64_t ldt, int64_t rows, int64_t W) {
   constexpr int L = Lanes<C>::n;
   for (int64_t w = 0; w < W; w += L) {
     const int n = W - w < L ? (int)(W - w) : L;
@@ -59,7 +59,8 @@ template <class C> inline void vectors_to_columns(C* from, int64_t ldf, const C*
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++)
       if (i < rows) {
-        if (n == L) store(from + i * ldf + w, v[i]);
+        if (PAST) stream_store(from + i * ldf + w, v[i]);
+        else if (n == L) store(from + i * ldf + w, v[i]);
         else store_n(from + i * ldf + w, v[i], n);
       }
   }
