@@ -1,4 +1,5 @@
-// Products of bfloat16 by AMX: 32 rows by 1, 16 or 32 queries at a time. (AVX512-BF16's are no quicker than float32's.)
+// Products of bfloat16: by AMX 32 rows by 1, 16 or 32 queries at a time; by AVX512-BF16, two numbers a lane, of many queries alone, as one query waits
+// for memory whatever multiplies it.
 #pragma once
 
 #include "knn_scan.h"
@@ -7,16 +8,16 @@ namespace memcore {
 namespace MC_ISA {
 namespace {
 
-// Dimensions of a packed row: whole tiles.
-MC_INLINE int64_t packed_width(int64_t D) { return round_up(D, 32); }
+// Dimensions of a packed row: whole tiles, or pairs.
+MC_INLINE int64_t packed_width(const KnnArgs& a) { return round_up(a.D, a.pairs ? 2 : 32); }
 
-// Query q of a job in its place [q / 16][width / 2][q % 16][2], or one that is `alone`; returns what rounding lost, squared. AMX takes
+// Query q of a job in its place [q / 16][width / 2][q % 16][2], or one that is alone; returns what rounding lost, squared. The products take
 // subnormals for 0.
-MC_INLINE double pack_query(bf16* packed, int64_t q, bool alone, const double* from, double factor, int64_t D) {
-  bf16* to = packed + q / 16 * packed_width(D) * 16 + q % 16 * 2;
-  const int64_t pair = alone ? 2 : 32;
+MC_INLINE double pack_query(const KnnArgs& a, bf16* packed, int64_t q, const double* from, double factor) {
+  bf16* to = packed + q / 16 * packed_width(a) * 16 + q % 16 * 2;
+  const int64_t pair = a.chunk == 1 ? 2 : 32;
   double lost = 0;
-  for (int64_t d = 0; d < D; d++) {
+  for (int64_t d = 0; d < a.D; d++) {
     bf16 x = to_bf16((float)(factor * from[d]));
     if ((x.bits & 0x7f80) == 0) x.bits = 0;
     to[d / 2 * pair + d % 2] = x;
@@ -52,7 +53,7 @@ MC_INLINE void load_config(const TileConfig& c) { __asm__ volatile("ldtilecfg %0
 // The tile registers while it lives; then what was configured before, which others may rely on.
 class Tiles {
  public:
-  explicit Tiles(const KnnArgs& a) : wanted_(a.tiles) {
+  explicit Tiles(const KnnArgs& a) : wanted_(a.halves && !a.pairs) {
     if (!wanted_) return;
     __asm__ volatile("sttilecfg %0" : "=m"(before_)::"memory");
     TileConfig c{1, 0, {}, {}, {}};
@@ -94,7 +95,7 @@ MC_INLINE void settle_tile(const KnnArgs& a, const Job<float>& job, Lists<float>
 
 // Tiles 0-3: sums of 16 rows (0, 1: the first 16; 2, 3: the next) by 16 queries; 4, 5: rows; 6, 7: queries.
 MC_INLINE void by_tiles(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Group& g, int64_t begin, int64_t end) {
-  const int64_t width = packed_width(a.D), stride = g.stride * 2, whole = 64;
+  const int64_t width = packed_width(a), stride = g.stride * 2, whole = 64;
   alignas(64) float sums[4][256];
   const char *upper = (const char*)g.rows, *lower = upper + 16 * stride;
   for (int64_t v = begin; v < end; v += 2) {
@@ -136,6 +137,47 @@ MC_INLINE void by_tiles(const KnnArgs& a, const Job<float>& job, Lists<float>& l
   }
 }
 
+// R rows by NV vectors of queries, which begin at q and are packed at `b`.
+template <int R, int NV>
+MC_INLINE void pairs_tile(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const bf16* rows, int64_t stride, const float* info, const bf16* b, int64_t q, int64_t row) {
+  const int64_t width = packed_width(a);
+  Vec<float> s[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) s[r][j] = Vec<float>{};
+  for (int64_t d = 0; d < width; d += 2) {
+    Vec<float> x[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) x[j] = load((const float*)(b + (j * width + d) * 16));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float pair;  // of bfloat16
+      std::memcpy(&pair, rows + r * stride + d, sizeof pair);
+      const Vec<float> k = splat(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) __asm__("vdpbf16ps %2, %1, %0" : "+v"(s[r][j]) : "v"(k), "v"(x[j]));
+    }
+  }
+  if (a.metric == kL2)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) s[r][j] += splat(info[r]);
+  settle<R, NV>(a, lists, s, info, job.slack + q, q, row);
+}
+template <int NV> MC_INLINE void pairs_panel(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Group& g, int64_t v) {
+  constexpr int R = NV == 1 ? 16 : 8;
+  const bf16* b = (const bf16*)job.packed + v * packed_width(a) * 16;
+  for (int64_t r = 0; r < kGroup; r += R) pairs_tile<R, NV>(a, job, lists, g.rows + r * g.stride, g.stride, g.info + r, b, v * 16, g.first + r);
+}
+MC_INLINE void by_pairs(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Group& g, int64_t begin, int64_t end) {
+  int64_t v = begin;
+  for (; end - v > 4 || end - v == 3; v += 3) pairs_panel<3>(a, job, lists, g, v);
+  for (; end - v >= 2; v += 2) pairs_panel<2>(a, job, lists, g, v);
+  if (v < end) pairs_panel<1>(a, job, lists, g, v);
+}
+
 // One query's products with kGroup rows. Tiles 0, 1: sums of 16 rows each; 4, 5: rows; 6: the query; 2, 3, 7: the same of what D leaves over.
 MC_INLINE void by_rows(const Job<float>& job, const bf16* rows, int64_t stride, float* sums) {
   const int64_t row = stride * 2, whole = stride / 32 * 64, pair = 4;
@@ -164,7 +206,7 @@ MC_INLINE void by_rows(const Job<float>& job, const bf16* rows, int64_t stride, 
 // One query and a block of rows, many at a time: sums are not read while they are still on their way to the cache.
 MC_INLINE void products_of_one(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
   constexpr int64_t kMany = 16 * kGroup;
-  const int64_t width = a.D % 2 == 0 ? a.D : packed_width(a.D), group = kGroup * a.D * 2;
+  const int64_t width = a.D % 2 == 0 ? a.D : packed_width(a), group = kGroup * a.D * 2;
   // Tiles are read across the rows. From beyond the second cache, groups are asked for along them: the next one, or this one if it is large.
   const bool far = a.N * a.D * 2 > kSecond;
   const int64_t ahead = group > kAlong ? 0 : group;
@@ -198,7 +240,7 @@ MC_INLINE void products_of_one(const KnnArgs& a, const Job<float>& job, Lists<fl
 // behind D.
 void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
   if (a.chunk == 1) return products_of_one(a, job, lists, block, copies);
-  const int64_t width = packed_width(a.D), vectors = job.lanes / 16;
+  const int64_t width = packed_width(a), vectors = job.lanes / 16;
   for (int64_t begin = 0; begin < vectors; begin += kPanel) {
     const int64_t end = begin + kPanel < vectors ? begin + kPanel : vectors;
     for (int64_t r = 0; r < block.n; r += kGroup) {
@@ -210,7 +252,8 @@ void products(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, cons
         for (int64_t i = 0; i < n; i++) std::memcpy(copies + i * width, g.rows + i * a.D, (size_t)a.D * 2);
         g.rows = copies, g.stride = width;
       }
-      by_tiles(a, job, lists, g, begin, end);
+      if (a.pairs) by_pairs(a, job, lists, g, begin, end);
+      else by_tiles(a, job, lists, g, begin, end);
     }
   }
 }

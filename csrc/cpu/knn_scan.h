@@ -247,7 +247,7 @@ template <int R, int QR, bool L2, class C, class S> MC_INLINE void along_sums(in
   sum_all<QR * R>(s, out);
 }
 
-// The same of one query, row after row: a single stream, which a Zen 3 takes from DRAM up to half as fast again as R of them.
+// The same of one query, row after row: a single stream, which a Zen 3 takes from DRAM up to half as fast again as R of them, a Zen 4 from any cache.
 template <int R, bool L2, class C, class S> MC_INLINE void each_sums(int64_t D, const S* rows, const C* query, C* out) {
   constexpr int L = Lanes<C>::n, U = 4;  // sums of their own hide the latency of the adders
   Vec<C> s[R];
@@ -324,8 +324,11 @@ template <class C, class S> void along(const KnnArgs& a, const Job<C>& job, int6
   if (q + 2 <= queries) along_panel<2, kAlongTile / 2>(a, job, lists, block, q, kAlongTile * row), q += 2;
   if (q == queries) return;
   const bool far = a.N * row > kCached;
-  if constexpr (kBytes < 64)
+  if constexpr (kBytes < 64) {
     if (far) return along_panel<1, 8, true>(a, job, lists, block, q, row <= 1024 ? kAhead : 0);
+  } else if (reads_ahead()) {
+    return along_panel<1, kAlongTile, true>(a, job, lists, block, q, 0);
+  }
   // As many streams as rows at a time: of short rows of float32, and from DRAM, 16 are quicker than 8.
   if (sizeof(S) == sizeof(C) && row <= 1024 && far) along_panel<1, kAlongTile>(a, job, lists, block, q, 2 * kAlongTile * row);
   else along_panel<1, 8>(a, job, lists, block, q, sizeof(S) < sizeof(C) || row <= 1024 ? kAhead : 0);

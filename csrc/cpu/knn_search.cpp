@@ -5,8 +5,10 @@
 #include <atomic>
 #include <memory>
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,7 +22,8 @@ constexpr int64_t kChunk = 480, kWave = 64 << 20;  // queries of a job; bytes of
 
 int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-std::atomic<bool> tiles_wanted{true};  // for tests
+enum Products : int64_t { kWidened, kPairs, kTiles };  // of bfloat16
+std::atomic<int64_t> products_wanted{kTiles};          // at most; for tests
 std::atomic<int64_t> rescanned{0};
 
 // Whether AMX's products of bfloat16 are there and wanted. A process must ask Linux for the tile registers.
@@ -32,7 +35,20 @@ bool has_tiles() {
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed && syscall(SYS_arch_prctl, request, tile_data) == 0;
   }();
-  return has && isa() == kAvx512 && tiles_wanted;
+  return has && isa() == kAvx512 && products_wanted >= kTiles;
+#else
+  return false;
+#endif
+}
+
+// The same of AVX512-BF16.
+bool has_pairs() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+  }();
+  return has && isa() == kAvx512 && products_wanted >= kPairs;
 #else
   return false;
 #endif
@@ -50,9 +66,11 @@ void search(KnnArgs& a) {
     a.shards = threads == 1 || most < 2 ? 1 : a.shards < most ? a.shards : most;
   }
   a.lanes = MC_PICK(knn_lanes)(a);
-  a.tiles = a.mirror && has_tiles();
-  if (a.mirror && a.lanes && !a.tiles) a.mirror = nullptr;  // float32 products of the keys are as quick
-  a.lanes |= a.tiles;
+  const bool tiles = a.mirror && has_tiles();
+  a.pairs = a.mirror && !tiles && a.lanes && has_pairs();
+  a.halves = tiles || a.pairs;
+  if (a.mirror && a.lanes && !a.halves) a.mirror = nullptr;  // float32 products of the keys are as quick
+  a.lanes |= a.halves;
   a.keep = a.k + (a.mirror ? 64 + a.k / 4 : a.k > 128 ? a.k / 4 : 32);
   a.capacity = 2 * a.keep + 128;
   a.scratch_size = MC_PICK(knn_scratch)(a);
@@ -269,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> knn_search_rows(OptionalTensor grad, Tensor i
 }
 
 int64_t knn_rescans() { return rescanned; }
-bool set_knn_tiles(bool wanted) { return tiles_wanted.exchange(wanted); }
+int64_t set_knn_products(int64_t most) { return products_wanted.exchange(most); }
 
 }  // namespace
 }  // namespace memcore
@@ -280,13 +298,13 @@ STABLE_TORCH_LIBRARY_IMPL(memcore, CPU, m) {
   m.impl("knn_search_rows", TORCH_BOX(&memcore::knn_search_rows));
 }
 
-// Queries whose neighbours a mirror did not prove, so far; whether AMX may be used.
+// Queries whose neighbours a mirror did not prove, so far; which products of bfloat16 may be used (`Products`).
 STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
   m.def("_knn_rescans() -> int");
-  m.def("_set_knn_tiles(bool wanted) -> bool");
+  m.def("_set_knn_products(int most) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
   m.impl("_knn_rescans", TORCH_BOX(&memcore::knn_rescans));
-  m.impl("_set_knn_tiles", TORCH_BOX(&memcore::set_knn_tiles));
+  m.impl("_set_knn_products", TORCH_BOX(&memcore::set_knn_products));
 }

@@ -25,7 +25,8 @@ struct KnnArgs {
   // candidates of every shard in a list of `capacity`.
   int64_t chunk, chunks, shards, keep, capacity;
   bool lanes;  // queries lie across the lanes of a vector, or, if there are few, rows do along it
-  bool tiles;  // with a mirror: AMX's products of bfloat16, else it is widened
+  bool halves;  // with a mirror: products of bfloat16, else it is widened
+  bool pairs;   // by AVX512-BF16, else by AMX
   char* scratch;
   int64_t scratch_size;  // of a job
   int64_t first;         // job that `scratch` begins with

@@ -26,8 +26,8 @@ template <class T> void prepare(const KnnArgs& a, int64_t begin, int64_t end) {
       job.state[q] = kFine, job.theta[q] = infinity<C>();
       const double factor = a.metric == kCosine ? -norm_of<C>(n2).inverse : a.metric == kIp ? -1 : a.lanes ? -2 : 1;
       double lost = 0;  // by rounding, squared
-      if (a.tiles) {
-        lost = pack_query((bf16*)job.packed, q, a.chunk == 1, wide_q, factor, a.D);
+      if (a.halves) {
+        lost = pack_query(a, (bf16*)job.packed, q, wide_q, factor);
       } else if (a.lanes) {
         const int64_t v = q / L;
         int64_t p = v * panels_of(vectors) / vectors;
@@ -182,14 +182,14 @@ template <class T> struct Scan {
 
 template <class T> void scan(const KnnArgs& a, int64_t begin, int64_t end) {
   typedef Acc<T> C;
-  const int64_t element = a.mirror ? (int64_t)sizeof(bf16) : (int64_t)sizeof(C), unit = a.tiles ? 3 * kGroup : kBlockRows;
-  const bool once = a.tiles ? a.chunk <= 16 * kPanel : !a.lanes;  // all queries see a row before the next
+  const int64_t element = a.mirror ? (int64_t)sizeof(bf16) : (int64_t)sizeof(C), unit = a.halves ? 3 * kGroup : kBlockRows;
+  const bool once = a.halves ? a.chunk <= 16 * kPanel : !a.lanes;  // all queries see a row before the next
   const int64_t bytes = once ? 8 * kBlockBytes : kBlockBytes;
   int64_t size = bytes / element / (a.D > 0 ? a.D : 1) / unit * unit;
   size = size < unit ? unit : size > 4032 ? 4032 : size;
   C *widened, *info;
   bf16 *copied, *copies;
-  const int64_t group = a.tiles ? kGroup * packed_width(a.D) : 0;
+  const int64_t group = a.halves ? kGroup * packed_width(a) : 0;
   Arena arena([&](Arena& x) {
     const int64_t copied_rows = a.mirror ? 1 : a.lanes || !__is_same(T, C) ? size : 0;
     x.take(widened, copied_rows * a.D), x.take(info, size + kGroup), x.take(copied, a.mirror ? size * a.D : 0), x.take(copies, group);
