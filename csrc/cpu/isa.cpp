@@ -16,6 +16,7 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 constexpr int kUnset = -1;
 std::atomic<int> current{kUnset};
+std::atomic<int> ahead{kUnset};  // what reads_ahead() says; set by tests
 
 bool supported(int level) {
   if (level == kBaseline) return true;
@@ -60,12 +61,16 @@ int isa() {
 }
 
 bool reads_ahead() {
+  int does = ahead.load(std::memory_order_relaxed);
+  if (does == kUnset) {
 #ifdef MC_HAS_AVX2
-  static const bool does = __builtin_cpu_is("amd") && supported(kAvx512);
-  return does;
+    does = __builtin_cpu_is("amd") && supported(kAvx512);
 #else
-  return false;
+    does = false;
 #endif
+    ahead.store(does, std::memory_order_relaxed);
+  }
+  return does;
 }
 
 namespace {
@@ -78,6 +83,12 @@ std::string set_cpu_isa(const std::string& name) {
   const int wanted = parse(name, "the instruction set");
   const int previous = current.exchange(wanted, std::memory_order_relaxed);
   return previous == kUnset ? "auto" : kNames[previous];
+}
+
+bool set_reads_ahead(bool does) {
+  const bool did = reads_ahead();
+  ahead.store(does, std::memory_order_relaxed);
+  return did;
 }
 
 bool set_allocate_by_aten(bool wanted) { return allocate_by_aten.exchange(wanted); }
@@ -93,6 +104,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memcore, m) {
   m.def("_cpu_isas() -> str");
   m.def("_set_cpu_isa(str name) -> str");
   m.def("_set_allocate_by_aten(bool wanted) -> bool");
+  m.def("_set_reads_ahead(bool does) -> bool");
   m.def("_ask_huge_pages(Tensor t) -> ()");
   m.def("_limit_blocks(int bytes) -> int");
   m.def("_block_limit() -> int");
@@ -107,6 +119,7 @@ STABLE_TORCH_LIBRARY_IMPL(memcore, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isas", TORCH_BOX(&memcore::cpu_isas));
   m.impl("_set_cpu_isa", TORCH_BOX(&memcore::set_cpu_isa));
   m.impl("_set_allocate_by_aten", TORCH_BOX(&memcore::set_allocate_by_aten));
+  m.impl("_set_reads_ahead", TORCH_BOX(&memcore::set_reads_ahead));
   m.impl("_limit_blocks", TORCH_BOX(&memcore::limit_blocks));
   m.impl("_block_limit", TORCH_BOX(&memcore::block_limit));
   m.impl("_kept_blocks", TORCH_BOX(&memcore::kept_blocks));

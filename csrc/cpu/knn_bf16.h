@@ -1,5 +1,4 @@
-// Products of bfloat16: by AMX 32 rows by 1, 16 or 32 queries at a time; by AVX512-BF16, two numbers a lane, of many queries alone, as one query waits
-// for memory whatever multiplies it.
+// Products of bfloat16: by AMX 32 rows by 1, 16 or 32 queries at a time; by AVX512-BF16, two numbers a lane, of one query along the rows, of many across them.
 #pragma once
 
 #include "knn_scan.h"
@@ -178,6 +177,30 @@ MC_INLINE void by_pairs(const KnnArgs& a, const Job<float>& job, Lists<float>& l
   if (v < end) pairs_panel<1>(a, job, lists, g, v);
 }
 
+// One query's products with kGroup rows, each along the row.
+MC_INLINE void pairs_of_one(const KnnArgs& a, const bf16* query, const bf16* rows, float* sums) {
+  constexpr int R = 16;
+  const __mmask32 rest = (__mmask32)(((uint64_t)1 << a.D % 32) - 1);
+  const auto step = [](Vec<float>& s, Vec<float> x, Vec<float> k) MC_INLINED { __asm__("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(k), "v"(x)); };
+  for (int64_t first = 0; first < kGroup; first += R) {
+    Vec<float> s[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const bf16* row = rows + (first + r) * a.D;
+      Vec<float> t[2] = {};
+      int64_t d = 0;
+      for (; d + 64 <= a.D; d += 64) {
+        step(t[0], load((const float*)(query + d)), load((const float*)(row + d)));
+        step(t[1], load((const float*)(query + d + 32)), load((const float*)(row + d + 32)));
+      }
+      if (d + 32 <= a.D) step(t[0], load((const float*)(query + d)), load((const float*)(row + d))), d += 32;
+      if (d < a.D) step(t[1], (Vec<float>)_mm512_maskz_loadu_epi16(rest, query + d), (Vec<float>)_mm512_maskz_loadu_epi16(rest, row + d));
+      s[r] = t[0] + t[1];
+    }
+    sum_all<R>(s, sums + first);
+  }
+}
+
 // One query's products with kGroup rows. Tiles 0, 1: sums of 16 rows each; 4, 5: rows; 6: the query; 2, 3, 7: the same of what D leaves over.
 MC_INLINE void by_rows(const Job<float>& job, const bf16* rows, int64_t stride, float* sums) {
   const int64_t row = stride * 2, whole = stride / 32 * 64, pair = 4;
@@ -206,9 +229,9 @@ MC_INLINE void by_rows(const Job<float>& job, const bf16* rows, int64_t stride, 
 // One query and a block of rows, many at a time: sums are not read while they are still on their way to the cache.
 MC_INLINE void products_of_one(const KnnArgs& a, const Job<float>& job, Lists<float>& lists, const Block<float, bf16>& block, bf16* copies) {
   constexpr int64_t kMany = 16 * kGroup;
-  const int64_t width = a.D % 2 == 0 ? a.D : packed_width(a), group = kGroup * a.D * 2;
+  const int64_t width = a.pairs || a.D % 2 == 0 ? a.D : packed_width(a), group = kGroup * a.D * 2;
   // Tiles are read across the rows. From beyond the second cache, groups are asked for along them: the next one, or this one if it is large.
-  const bool far = a.N * a.D * 2 > kSecond;
+  const bool far = a.N * a.D * 2 > kSecond && !(a.pairs && reads_ahead());
   const int64_t ahead = group > kAlong ? 0 : group;
   alignas(64) float sums[kMany];
   for (int64_t first = 0; first < block.n; first += kMany) {
@@ -222,7 +245,8 @@ MC_INLINE void products_of_one(const KnnArgs& a, const Job<float>& job, Lists<fl
         for (int64_t i = 0; i < m; i++) std::memcpy(copies + i * width, rows + i * a.D, (size_t)a.D * 2);
         rows = copies;
       }
-      by_rows(job, rows, width, sums + r);
+      if (a.pairs) pairs_of_one(a, (const bf16*)job.packed, rows, sums + r);
+      else by_rows(job, rows, width, sums + r);
     }
     const Vec<float> slack = splat(job.slack[0]);
     for (int64_t r = 0; r < n; r += 16) {

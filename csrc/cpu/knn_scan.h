@@ -247,7 +247,7 @@ template <int R, int QR, bool L2, class C, class S> MC_INLINE void along_sums(in
   sum_all<QR * R>(s, out);
 }
 
-// The same of one query, row after row: a single stream, which a Zen 3 takes from DRAM up to half as fast again as R of them, a Zen 4 from any cache.
+// The same of one query, row after row: a single stream, which a Zen 3 takes from DRAM up to half as fast again as R of them, a Zen 4 from caches too.
 template <int R, bool L2, class C, class S> MC_INLINE void each_sums(int64_t D, const S* rows, const C* query, C* out) {
   constexpr int L = Lanes<C>::n, U = 4;  // sums of their own hide the latency of the adders
   Vec<C> s[R];

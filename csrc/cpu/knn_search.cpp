@@ -67,7 +67,7 @@ void search(KnnArgs& a) {
   }
   a.lanes = MC_PICK(knn_lanes)(a);
   const bool tiles = a.mirror && has_tiles();
-  a.pairs = a.mirror && !tiles && a.lanes && has_pairs();
+  a.pairs = a.mirror && !tiles && (a.lanes || a.chunk == 1) && has_pairs();
   a.halves = tiles || a.pairs;
   if (a.mirror && a.lanes && !a.halves) a.mirror = nullptr;  // float32 products of the keys are as quick
   a.lanes |= a.halves;

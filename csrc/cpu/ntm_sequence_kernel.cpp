@@ -154,14 +154,14 @@ template <class C> struct Sequence {
     if (!a.spread || rows * b.K * b.Np < 500000) return product<ADD>(c, ldc, start, in, ldi, rows, b);
     each((b.Np + b.P - 1) / b.P, [&](int64_t i) { product_panel<ADD>(c, ldc, start, in, ldi, rows, b, i * b.P); });
   }
-  // Whether memories go past the caches.
+  // Whether the memories that come out go past the caches.
   bool past() const { return a.B * a.N * a.W * (int64_t)sizeof(C) >= kStreamBytes; }
   // To where only the backward reads it again: past the caches, if they do not hold all of these copies.
   void keep_memory(C* to, const C* from) const {
-    const bool past = (a.T - 1) / a.every * a.B * M * (int64_t)sizeof(C) > 16 << 20;
+    const bool far = (a.T - 1) / a.every * a.B * M * (int64_t)sizeof(C) > 16 << 20;
     each_part([&](int64_t, int64_t t, int64_t n) {
       t *= a.W * L, n *= a.W * L;
-      if (past) stream_copy(to + t, from + t, n), stream_fence();
+      if (far) stream_copy(to + t, from + t, n), stream_fence();
       else copy(to + t, from + t, n);
     });
   }
@@ -328,7 +328,7 @@ template <class C> struct Sequence {
   // The memories before the steps t0 .. t1 - 1 of the group, from the one before t0: some tiles through all steps, so that what one step writes
   // the next one finds in the first cache.
   void rebuild(int64_t t0, int64_t t1, int64_t b0, int64_t count) {
-    const int64_t V = a.Hw * Wp, some = (16 << 10) / (a.W * kBytes), most = some > 1 ? some : 1;
+    const int64_t V = a.Hw * Wp, some = (16 << 10) / ((a.W > 0 ? a.W : 1) * kBytes), most = some > 1 ? some : 1;
     for (int64_t i = 0; i < count; i++) {
       const int64_t b = b0 + i;
       if (!alive(t0, b)) continue;

@@ -48,7 +48,7 @@ template <class C> inline void columns_to_vectors(C* to, int64_t ldt, const C* f
   }
 }
 // The way back: from[i ldf + w] = to[w ldt + i]; PAST the caches, where whole vectors are stored to aligned places.
-template <bool PAST = false, class C> inline void vectors_to_columns(C* from, int64_t ldf, const C* to, int64_t ldt, int64_t rows, int64_t W) {
+template <bool PAST, class C> inline void vectors_to_columns(C* from, int64_t ldf, const C* to, int64_t ldt, int64_t rows, int64_t W) {
   constexpr int L = Lanes<C>::n;
   for (int64_t w = 0; w < W; w += L) {
     const int n = W - w < L ? (int)(W - w) : L;

@@ -69,6 +69,8 @@ def vectors(kind, N, D, Q, seed=0):
         keys = keys[(keys - query[0]).square().sum(-1).argsort(descending=True)]
     elif kind == "tiny":
         query, keys = 1e-18 * query, 1e-18 * keys
+    elif kind == "subnormal":  # some numbers, all products
+        query, keys = 1e-37 * query, 1e-38 * keys
     elif kind == "no numbers":
         keys[::7, 0], keys[3::11, -1], query[1::5, 0] = math.nan, math.inf, -math.inf
     elif kind == "huge":
@@ -79,7 +81,7 @@ def vectors(kind, N, D, Q, seed=0):
     return query, keys
 
 
-KINDS = ["normal", "clusters", "duplicates", "coarse", "far", "nearer and nearer", "tiny", "no numbers", "huge"]
+KINDS = ["normal", "clusters", "duplicates", "coarse", "far", "nearer and nearer", "tiny", "subnormal", "no numbers", "huge"]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -156,7 +158,7 @@ def test_rounding_bounds_the_copy():
         exact, copy = keys.double(), cache.mirror.double()
         usable = copy.isfinite().all(-1)
         assert ((copy - exact).norm(dim=-1) <= cache.rounding.double() * exact.norm(dim=-1))[usable].all()
-        assert cache.rounding < 2**-8
+        assert cache.rounding < 2**-8 or kind == "subnormal"  # whose errors are below what the certificate allows for in any case
 
 
 @pytest.mark.parametrize("name", ["knn_search", "knn_lookup"])

@@ -85,6 +85,9 @@ CASES = {
     "long_rows": {"N": 130, "W": 70, "K": 50, "X": 17, "O": 9, "R": 2},
     "one_slot": {"N": 1, "W": 1, "K": 1, "X": 1, "O": 1},
     "one_step": {"T": 1},
+    "no_width": {"W": 0},
+    **{f"{R}_reads_many_tiles": {"N": 150, "W": 9, "T": 3, "B": 2, "R": R} for R in (3, 5, 7)},
+    "7_reads_first_many_tiles": {"N": 150, "W": 9, "T": 3, "B": 2, "R": 7, "order": "read_write"},
 }
 
 
@@ -98,6 +101,16 @@ def test_matches_float64(name, path):
 @pytest.mark.parametrize("name", ["ordinary", "two_layers", "five_reads_two_writes", "clipped", "lengths", "groups"])
 def test_float64_to_rounding(name):
     compare(draw(**CASES[name], dtype=torch.float64), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("N, W, dtype", [(1850, 64, torch.float32), (1990, 60, torch.float32), (2500, 24, torch.float64)])
+def test_memories_that_go_past_the_caches(N, W, dtype, path):
+    """By whole vectors where rows are; N leaves a rest of a tile."""
+    drawn = draw(B=9, T=2, N=N, W=W, R=2, dtype=dtype)
+    assert drawn[0]["memory"].nbytes >= 4 << 20
+    with use_path(path):
+        compare(drawn, tolerance=2e-4 if dtype == torch.float32 else 1e-7)
 
 
 @pytest.mark.parametrize("only", range(5))

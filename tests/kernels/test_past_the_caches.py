@@ -86,6 +86,31 @@ def test_an_item_of_a_batch_is_the_same_alone(name, H, B, N, W, dtype, path, mon
 
 
 @pytest.mark.parametrize("path", [p for p in PATHS if p != "reference"])
+@pytest.mark.parametrize("name", [*CALLS, "knn_search", "knn_search, bf16 copy"])
+def test_asking_for_rows_changes_no_bit(name, path):
+    """Kernels ask for the rows that come next, or leave that to a processor which reads ahead: both, whatever this one does."""
+    made = draw(9, 2, 1903, 64, F32)
+    if name in CALLS:
+        call, names = CALLS[name]
+        inputs, found = [made[n] for n in names.split()], []
+    else:
+        keys = torch.cat([made["memory"].flatten(0, 1)] * 4)  # 17 MB, more than what is kept for the third cache
+        cache = functional.knn_cache(keys, bf16=name.endswith("copy"))
+        call, inputs, found = lambda query: functional.knn_search(query, keys, 9, cache=cache)[0], [made["key"][0, :1]], []
+    with use_path(path):
+        out = call(*inputs)
+        cotangents = [torch.randn_like(y) for y in (out if isinstance(out, tuple) else (out,))]
+        for does in (False, True):
+            before = torch.ops.memcore._set_reads_ahead(does)
+            try:
+                found.append(run(call, inputs, cotangents))
+            finally:
+                torch.ops.memcore._set_reads_ahead(before)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if p != "reference"])
 @pytest.mark.parametrize("H", range(1, 7))
 @pytest.mark.parametrize("offset", (0, 1))
 def test_in_place(H, offset, path):
