@@ -9,7 +9,7 @@ import torch
 from memcore import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/benchmarks-avx2.md", "docs/dnd.md", "docs/gpu.md", "docs/gpu-resources.md", "docs/gpu-traffic.md")}
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/benchmarks-avx2.md", "docs/benchmarks-amx.md", "docs/dnd.md", "docs/gpu.md", "docs/gpu-resources.md", "docs/gpu-traffic.md")}
 CODE = re.compile(r"```(\w*)\n(.*?)```", re.S)
 each = pytest.mark.parametrize("name", DOCUMENTS)
 
