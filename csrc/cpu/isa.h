@@ -9,7 +9,7 @@ enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 // asks for. Costs one relaxed load; throws std::runtime_error at first use when MEMCORE_CPU_ISA or MEMCORE_CACHE_MB cannot be met.
 int isa();
 
-// Whether this processor reads ahead so well that reads, writes, steps and searches by one query lose a tenth to a third by asking for the rows that come
+// Whether this processor reads ahead so well that reads, writes, steps and searches by one query lose by asking for the rows that come
 // next: AMD's with AVX-512, measured on a Zen 4, where addressing and searches by many queries, which ask too, lose nothing. Others that were measured gain.
 bool reads_ahead();
 
